@@ -1,23 +1,26 @@
-"""Builds kvtransport._native from native/ against the stable ABI; everything else stands in pyproject.toml."""
+"""Builds kvtransport._native from native/ against the stable ABI; everything else stands in pyproject.toml.
+
+The extension is optional: without a C compiler the pure-Python twin serves, slower. With
+KVTRANSPORT_REQUIRE_NATIVE=1 a failed build is an error, here as well as when kvtransport is imported.
+"""
 
 import os
-from pathlib import Path
+import sys
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-from wheel.bdist_wheel import bdist_wheel  # noqa: F401  (registers the command on older setuptools)
 
+SOURCES = ["arena", "cuda", "dlpack", "mapping", "memory", "module", "pages", "pieces", "sockets"]
 
-class OptionalBuildExt(build_ext):
-    """Without a compiler the pure-Python twin serves; KVTRANSPORT_REQUIRE_NATIVE=1 makes that an error."""
+native = Extension(
+    "kvtransport._native",
+    sources=[f"native/{name}.c" for name in SOURCES],
+    depends=["native/kvnative.h", "native/mapping.h", "native/third_party/xxhash.h"],
+    define_macros=[("Py_LIMITED_API", "0x030b0000")],
+    extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden", "-pthread"],
+    # glibc before 2.34 keeps dlopen and threads in libraries of their own
+    extra_link_args=["-pthread"] + (["-ldl"] if sys.platform == "linux" else []),
+    py_limited_api=True,
+    optional=os.environ.get("KVTRANSPORT_REQUIRE_NATIVE") != "1",
+)
 
-    def run(self) -> None:
-        try:
-            super().run()
-        except Exception:
-            if os.environ.get("KVTRANSPORT_REQUIRE_NATIVE") == "1":
-                raise
-            self.warn("kvtransport._native was not built: the slower pure-Python twin will be used")
-
-
-setup()
+setup(ext_modules=[native], options={"bdist_wheel": {"py_limited_api": "cp311"}})

@@ -1,0 +1,238 @@
+/* Checksums and copies of page lists. XXH3 is xxhash's (third_party/xxhash.h), compiled in. */
+#include "kvnative.h"
+
+#include <string.h>
+
+#define XXH_INLINE_ALL
+#include "third_party/xxhash.h"
+
+/* ---- copy ---- */
+
+const char kv_copy_pages_doc[] =
+    "copy_pages($module, /, dst_base, dst_pieces, src_base, src_pieces)\n--\n\n"
+    "Copy the bytes of one page list into another of the same length; returns the bytes copied.\n\n"
+    "Where the two share memory at different positions, the bytes left there are unspecified.";
+
+static void copy_iovs(const kv_iovs *to, const kv_iovs *from) {
+    size_t t = 0, f = 0, t_at = 0, f_at = 0;
+    while (t < to->count) { /* both hold equally many bytes */
+        size_t t_left = to->items[t].iov_len - t_at, f_left = from->items[f].iov_len - f_at;
+        size_t take = t_left < f_left ? t_left : f_left;
+        memmove((unsigned char *)to->items[t].iov_base + t_at, (unsigned char *)from->items[f].iov_base + f_at, take);
+        t_at += take, f_at += take;
+        if (t_at == to->items[t].iov_len) t++, t_at = 0;
+        if (f_at == from->items[f].iov_len) f++, f_at = 0;
+    }
+}
+
+static int copy(const kv_pages *to, const kv_pages *from) {
+    if (to->nbytes != from->nbytes) {
+        PyErr_Format(PyExc_ValueError, "cannot copy %zu bytes into pages of %zu bytes", from->nbytes, to->nbytes);
+        return -1;
+    }
+    kv_iovs to_iovs, from_iovs;
+    kv_iovs_init(&to_iovs);
+    kv_iovs_init(&from_iovs);
+    int result = kv_iovs_add_pages(&to_iovs, to, 0, SIZE_MAX);
+    if (result == 0) result = kv_iovs_add_pages(&from_iovs, from, 0, SIZE_MAX);
+    if (result == 0 && to_iovs.nbytes != from_iovs.nbytes) {
+        PyErr_SetString(PyExc_RuntimeError, "the pieces changed during the call");
+        result = -1;
+    }
+    if (result == 0) {
+        PyThreadState *save = to->nbytes > KV_GIL_BYTES ? PyEval_SaveThread() : NULL;
+        copy_iovs(&to_iovs, &from_iovs);
+        if (save) PyEval_RestoreThread(save);
+    }
+    kv_iovs_free(&to_iovs);
+    kv_iovs_free(&from_iovs);
+    return result;
+}
+
+PyObject *kv_copy_pages(PyObject *module, PyObject *args, PyObject *kwargs) {
+    (void)module;
+    static char *names[] = {"dst_base", "dst_pieces", "src_base", "src_pieces", NULL};
+    PyObject *dst_base, *dst_pieces, *src_base, *src_pieces, *result = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO:copy_pages", names, &dst_base, &dst_pieces, &src_base,
+                                     &src_pieces))
+        return NULL;
+    kv_pages to, from;
+    if (kv_pages_get(&to, dst_base, dst_pieces, true) < 0) return NULL;
+    if (kv_pages_get(&from, src_base, src_pieces, false) == 0) {
+        if (copy(&to, &from) == 0) result = PyLong_FromSize_t(to.nbytes);
+        kv_pages_release(&from);
+    }
+    kv_pages_release(&to);
+    return result;
+}
+
+/* ---- hash ---- */
+
+const char kv_hash_pages_doc[] =
+    "hash_pages($module, /, base, pieces, seed=0)\n--\n\n"
+    "xxh3_64 of the bytes of a page list.";
+
+static void hash_iovs(XXH3_state_t *state, const kv_iovs *iovs) {
+    PyThreadState *save = iovs->nbytes > KV_GIL_BYTES ? PyEval_SaveThread() : NULL;
+    for (size_t i = 0; i < iovs->count; i++) XXH3_64bits_update(state, iovs->items[i].iov_base, iovs->items[i].iov_len);
+    if (save) PyEval_RestoreThread(save);
+}
+
+static uint64_t hash_run(const struct iovec *run, uint64_t seed) {
+    PyThreadState *save = run->iov_len > KV_GIL_BYTES ? PyEval_SaveThread() : NULL;
+    uint64_t digest = XXH3_64bits_withSeed(run->iov_base, run->iov_len, seed);
+    if (save) PyEval_RestoreThread(save);
+    return digest;
+}
+
+PyObject *kv_hash_pages(PyObject *module, PyObject *args, PyObject *kwargs) {
+    (void)module;
+    static char *names[] = {"base", "pieces", "seed", NULL};
+    PyObject *base, *pieces, *result = NULL;
+    uint64_t seed = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O&:hash_pages", names, &base, &pieces, kv_u64_converter, &seed))
+        return NULL;
+    kv_pages pages;
+    if (kv_pages_get(&pages, base, pieces, false) < 0) return NULL;
+    kv_iovs iovs;
+    kv_iovs_init(&iovs);
+    if (kv_iovs_add_pages(&iovs, &pages, 0, SIZE_MAX) == 0) {
+        if (iovs.count == 1) { /* one run of memory: the one-shot form is faster than the streaming one */
+            result = PyLong_FromUnsignedLongLong(hash_run(iovs.items, seed));
+        } else {
+            XXH3_state_t state;
+            XXH3_INITSTATE(&state);
+            XXH3_64bits_reset_withSeed(&state, seed);
+            hash_iovs(&state, &iovs);
+            result = PyLong_FromUnsignedLongLong(XXH3_64bits_digest(&state));
+        }
+    }
+    kv_iovs_free(&iovs);
+    kv_pages_release(&pages);
+    return result;
+}
+
+typedef struct {
+    PyObject_HEAD
+    XXH3_state_t *state; /* on its own: it must be aligned to 64 bytes */
+    bool busy;           /* an update is running without the GIL */
+} Hasher;
+
+static int hasher_enter(Hasher *self) {
+    if (!self->busy) {
+        self->busy = true;
+        return 0;
+    }
+    PyErr_SetString(PyExc_RuntimeError, "this Hasher is in use by another thread: give each thread its own");
+    return -1;
+}
+
+static PyObject *hasher_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"seed", NULL};
+    uint64_t seed = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O&:Hasher", names, kv_u64_converter, &seed)) return NULL;
+    Hasher *self = (Hasher *)PyType_GenericAlloc(type, 0);
+    if (!self) return NULL;
+    self->state = XXH3_createState();
+    if (!self->state) {
+        Py_DECREF((PyObject *)self);
+        return PyErr_NoMemory();
+    }
+    XXH3_64bits_reset_withSeed(self->state, seed);
+    return (PyObject *)self;
+}
+
+static void hasher_dealloc(PyObject *object) {
+    PyTypeObject *type = Py_TYPE(object);
+    XXH3_freeState(((Hasher *)object)->state);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyObject *hasher_update_range(Hasher *self, PyObject *base, PyObject *pieces, size_t start, size_t stop) {
+    kv_pages pages;
+    if (kv_pages_get(&pages, base, pieces, false) < 0) return NULL;
+    if (stop == SIZE_MAX) stop = pages.nbytes;
+    int result = -1;
+    kv_iovs iovs;
+    kv_iovs_init(&iovs);
+    if (start > stop || stop > pages.nbytes) {
+        PyErr_Format(PyExc_ValueError, "bytes %zu to %zu of pages that hold %zu", start, stop, pages.nbytes);
+    } else if (kv_iovs_add_pages(&iovs, &pages, start, stop) == 0 && hasher_enter(self) == 0) {
+        hash_iovs(self->state, &iovs);
+        self->busy = false;
+        result = 0;
+    }
+    kv_iovs_free(&iovs);
+    kv_pages_release(&pages);
+    if (result < 0) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *hasher_update(PyObject *self, PyObject *buffer) {
+    if (buffer == Py_None) return PyErr_Format(PyExc_TypeError, "a bytes-like object is required, not None");
+    return hasher_update_range((Hasher *)self, buffer, Py_None, 0, SIZE_MAX);
+}
+
+static PyObject *hasher_update_pages(PyObject *self, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"base", "pieces", "start", "stop", NULL};
+    PyObject *base, *pieces;
+    size_t start, stop;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO&O&:update_pages", names, &base, &pieces, kv_size_converter,
+                                     &start, kv_size_converter, &stop))
+        return NULL;
+    return hasher_update_range((Hasher *)self, base, pieces, start, stop);
+}
+
+static PyObject *hasher_intdigest(PyObject *object, PyObject *unused) {
+    (void)unused;
+    Hasher *self = (Hasher *)object;
+    if (hasher_enter(self) < 0) return NULL;
+    uint64_t digest = XXH3_64bits_digest(self->state);
+    self->busy = false;
+    return PyLong_FromUnsignedLongLong(digest);
+}
+
+static PyObject *hasher_reset(PyObject *object, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"seed", NULL};
+    Hasher *self = (Hasher *)object;
+    uint64_t seed = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O&:reset", names, kv_u64_converter, &seed)) return NULL;
+    if (hasher_enter(self) < 0) return NULL;
+    XXH3_64bits_reset_withSeed(self->state, seed);
+    self->busy = false;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef hasher_methods[] = {
+    {"update", hasher_update, METH_O, "update($self, buffer, /)\n--\n\nAdd the bytes of a C-contiguous buffer."},
+    {"update_pages", KV_METHOD(hasher_update_pages), METH_VARARGS | METH_KEYWORDS,
+     "update_pages($self, /, base, pieces, start, stop)\n--\n\nAdd bytes [start, stop) of a page list."},
+    {"intdigest", hasher_intdigest, METH_NOARGS, "intdigest($self, /)\n--\n\nxxh3_64 of what was added so far."},
+    {"reset", KV_METHOD(hasher_reset), METH_VARARGS | METH_KEYWORDS,
+     "reset($self, /, seed=0)\n--\n\nStart again, with this seed."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot hasher_slots[] = {
+    {Py_tp_doc, "Hasher(seed=0)\n--\n\nStreaming xxh3_64."},
+    {Py_tp_new, hasher_new},
+    {Py_tp_dealloc, hasher_dealloc},
+    {Py_tp_methods, hasher_methods},
+    {0, NULL},
+};
+
+static PyType_Spec hasher_spec = {
+    .name = "kvtransport._native.Hasher",
+    .basicsize = sizeof(Hasher),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = hasher_slots,
+};
+
+int kv_add_hasher_type(PyObject *module) {
+    PyObject *type = PyType_FromSpec(&hasher_spec);
+    if (!type) return -1;
+    int result = PyModule_AddObjectRef(module, "Hasher", type);
+    Py_DECREF(type);
+    return result;
+}

@@ -122,6 +122,8 @@ def _connection_table() -> dict[tuple[Role, ConnectionState, ConnectionEvent], C
         for state in set(handshake.values()):  # the open states this role passes through
             rows |= {(state, event): to for event, to in _END.items()}
         table |= {(role, state, event): to for (state, event), to in rows.items()}
+    # An acceptor that is full refuses at once: its ERROR may be here before the dialer has said a word.
+    table[Role.DIAL, _C.IDLE, _CE.RECV_ERROR] = _C.CLOSING
     return table
 
 

@@ -10,11 +10,13 @@ import sys
 from setuptools import Extension, setup
 
 SOURCES = ["arena", "cuda", "dlpack", "mapping", "memory", "module", "pages", "pieces", "sockets"]
+SOURCES += ["xxh3_baseline", "xxh3_avx2", "xxh3_avx512"]
+HEADERS = ["kvnative", "mapping", "xxh3", "xxh3_impl", "third_party/xxhash"]
 
 native = Extension(
     "kvtransport._native",
     sources=[f"native/{name}.c" for name in SOURCES],
-    depends=["native/kvnative.h", "native/mapping.h", "native/third_party/xxhash.h"],
+    depends=[f"native/{name}.h" for name in HEADERS],
     define_macros=[("Py_LIMITED_API", "0x030b0000")],
     extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden", "-pthread"],
     # glibc before 2.34 keeps dlopen and threads in libraries of their own

@@ -3,8 +3,9 @@
 
 #include <string.h>
 
-#define XXH_INLINE_ALL
-#include "third_party/xxhash.h"
+#include "xxh3.h"
+
+static const kv_xxh3 *xxh3;
 
 /* ---- copy ---- */
 
@@ -72,15 +73,15 @@ const char kv_hash_pages_doc[] =
     "hash_pages($module, /, base, pieces, seed=0)\n--\n\n"
     "xxh3_64 of the bytes of a page list.";
 
-static void hash_iovs(XXH3_state_t *state, const kv_iovs *iovs) {
+static void hash_iovs(void *state, const kv_iovs *iovs) {
     PyThreadState *save = iovs->nbytes > KV_GIL_BYTES ? PyEval_SaveThread() : NULL;
-    for (size_t i = 0; i < iovs->count; i++) XXH3_64bits_update(state, iovs->items[i].iov_base, iovs->items[i].iov_len);
+    for (size_t i = 0; i < iovs->count; i++) xxh3->update(state, iovs->items[i].iov_base, iovs->items[i].iov_len);
     if (save) PyEval_RestoreThread(save);
 }
 
 static uint64_t hash_run(const struct iovec *run, uint64_t seed) {
     PyThreadState *save = run->iov_len > KV_GIL_BYTES ? PyEval_SaveThread() : NULL;
-    uint64_t digest = XXH3_64bits_withSeed(run->iov_base, run->iov_len, seed);
+    uint64_t digest = xxh3->one_shot(run->iov_base, run->iov_len, seed);
     if (save) PyEval_RestoreThread(save);
     return digest;
 }
@@ -97,14 +98,16 @@ PyObject *kv_hash_pages(PyObject *module, PyObject *args, PyObject *kwargs) {
     kv_iovs iovs;
     kv_iovs_init(&iovs);
     if (kv_iovs_add_pages(&iovs, &pages, 0, SIZE_MAX) == 0) {
+        void *state;
         if (iovs.count == 1) { /* one run of memory: the one-shot form is faster than the streaming one */
             result = PyLong_FromUnsignedLongLong(hash_run(iovs.items, seed));
+        } else if ((state = xxh3->create())) {
+            xxh3->reset(state, seed);
+            hash_iovs(state, &iovs);
+            result = PyLong_FromUnsignedLongLong(xxh3->digest(state));
+            xxh3->destroy(state);
         } else {
-            XXH3_state_t state;
-            XXH3_INITSTATE(&state);
-            XXH3_64bits_reset_withSeed(&state, seed);
-            hash_iovs(&state, &iovs);
-            result = PyLong_FromUnsignedLongLong(XXH3_64bits_digest(&state));
+            PyErr_NoMemory();
         }
     }
     kv_iovs_free(&iovs);
@@ -114,8 +117,8 @@ PyObject *kv_hash_pages(PyObject *module, PyObject *args, PyObject *kwargs) {
 
 typedef struct {
     PyObject_HEAD
-    XXH3_state_t *state; /* on its own: it must be aligned to 64 bytes */
-    bool busy;           /* an update is running without the GIL */
+    void *state; /* on its own: it must be aligned to 64 bytes */
+    bool busy;   /* an update is running without the GIL */
 } Hasher;
 
 static int hasher_enter(Hasher *self) {
@@ -133,18 +136,19 @@ static PyObject *hasher_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O&:Hasher", names, kv_u64_converter, &seed)) return NULL;
     Hasher *self = (Hasher *)PyType_GenericAlloc(type, 0);
     if (!self) return NULL;
-    self->state = XXH3_createState();
+    self->state = xxh3->create();
     if (!self->state) {
         Py_DECREF((PyObject *)self);
         return PyErr_NoMemory();
     }
-    XXH3_64bits_reset_withSeed(self->state, seed);
+    xxh3->reset(self->state, seed);
     return (PyObject *)self;
 }
 
 static void hasher_dealloc(PyObject *object) {
     PyTypeObject *type = Py_TYPE(object);
-    XXH3_freeState(((Hasher *)object)->state);
+    void *state = ((Hasher *)object)->state;
+    if (state) xxh3->destroy(state);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
     Py_DECREF((PyObject *)type);
 }
@@ -188,7 +192,7 @@ static PyObject *hasher_intdigest(PyObject *object, PyObject *unused) {
     (void)unused;
     Hasher *self = (Hasher *)object;
     if (hasher_enter(self) < 0) return NULL;
-    uint64_t digest = XXH3_64bits_digest(self->state);
+    uint64_t digest = xxh3->digest(self->state);
     self->busy = false;
     return PyLong_FromUnsignedLongLong(digest);
 }
@@ -199,7 +203,7 @@ static PyObject *hasher_reset(PyObject *object, PyObject *args, PyObject *kwargs
     uint64_t seed = 0;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O&:reset", names, kv_u64_converter, &seed)) return NULL;
     if (hasher_enter(self) < 0) return NULL;
-    XXH3_64bits_reset_withSeed(self->state, seed);
+    xxh3->reset(self->state, seed);
     self->busy = false;
     Py_RETURN_NONE;
 }
@@ -230,9 +234,10 @@ static PyType_Spec hasher_spec = {
 };
 
 int kv_add_hasher_type(PyObject *module) {
+    xxh3 = kv_xxh3_best();
     PyObject *type = PyType_FromSpec(&hasher_spec);
     if (!type) return -1;
     int result = PyModule_AddObjectRef(module, "Hasher", type);
     Py_DECREF(type);
-    return result;
+    return result < 0 ? result : PyModule_AddStringConstant(module, "hash_vectors", xxh3->name);
 }

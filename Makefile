@@ -1,0 +1,95 @@
+# Everything runs in virtual environments of its own, made on first use and refreshed when their inputs change.
+# Prerequisites: python3 (3.11 or newer) with python3-venv and python3-dev, gcc, make. `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+DEMO_VENV ?= .venv-demo
+TEST_VENV ?= .venv-test
+TORCH ?= torch==2.13.0
+MODELS ?= kimi_linear qwen3_next gemma3 falcon_h1
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
+# Twice quiet: errors only.
+PIP_FLAGS ?= -qq
+BENCH_JSON ?= benchmarks/results/local/$(shell date -u +%Y%m%dT%H%M%SZ).json
+
+# A broken or missing extension fails here instead of falling back to the pure-Python twin.
+export KVTRANSPORT_REQUIRE_NATIVE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BUILD_INPUTS := pyproject.toml setup.py $(shell find native -name '*.[ch]' 2>/dev/null)
+PACKAGE_FILES := $(shell find kvtransport kvpool -type f ! -name '*.so' ! -path '*/__pycache__/*' 2>/dev/null)
+DEMO_STAMP := $(DEMO_VENV)/.installed
+TEST_STAMP := $(TEST_VENV)/.installed
+
+.PHONY: help demo demo-real test bench lint types test-native fuzz clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r t d; do printf '  %-12s %s\n' "$$t" "$$d"; done
+
+# -- environments -----------------------------------------------------------------------------------
+
+# The two things that go wrong on a bare machine, said before pip says them at length.
+define check_prerequisites
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is missing or older than 3.11: install python3, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+		|| { echo "this Python cannot make virtual environments: install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig as s, sys; sys.exit(not os.path.exists(os.path.join(s.get_path("include"), "Python.h")))' \
+		|| { echo "Python.h is missing: install python3-dev" >&2; exit 1; }
+	@command -v $${CC:-gcc} >/dev/null || { echo "no C compiler: install gcc" >&2; exit 1; }
+endef
+
+# The demo runs what a user would install: a copy, without torch.
+$(DEMO_STAMP): $(BUILD_INPUTS) $(PACKAGE_FILES) README.md LICENSE
+	$(check_prerequisites)
+	test -x $(DEMO_VENV)/bin/python || $(PYTHON) -m venv $(DEMO_VENV)
+	rm -rf build # setuptools would copy modules from it that are gone from the tree
+	$(DEMO_VENV)/bin/python -m pip install $(PIP_FLAGS) .
+	@touch $@
+
+# torch first and alone, so that no other requirement can choose another build of it.
+$(TEST_STAMP): $(BUILD_INPUTS)
+	$(check_prerequisites)
+	test -x $(TEST_VENV)/bin/python || $(PYTHON) -m venv $(TEST_VENV)
+	$(TEST_VENV)/bin/python -m pip install $(PIP_FLAGS) "$(TORCH)"
+	$(TEST_VENV)/bin/python -m pip install $(PIP_FLAGS) -e '.[dev,engines]'
+	@touch $@
+
+# -- what people run ----------------------------------------------------------------------------------
+
+demo: $(DEMO_STAMP) ## The main job on loopback, without torch (DEMO_ARGS="--direct")
+	$(DEMO_VENV)/bin/kvpool demo $(DEMO_ARGS)
+
+test: $(TEST_STAMP) ## All tests, with torch and transformers (PYTEST_ARGS="-k ...")
+	$(TEST_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+demo-real: $(TEST_STAMP) ## Real tiny models through the pool, bitwise (MODEL=kimi_linear for one)
+	for model in $(or $(MODEL),$(MODELS)); do $(TEST_VENV)/bin/kvpool demo --real --model "$$model" $(DEMO_ARGS); done
+
+bench: $(TEST_STAMP) ## Benchmarks; JSON in benchmarks/results/local (BENCH_JSON=path)
+	@mkdir -p "$(dir $(BENCH_JSON))"
+	$(TEST_VENV)/bin/python -m pytest benchmarks --benchmark-only --benchmark-json="$(BENCH_JSON)" -o timeout=600 $(PYTEST_ARGS)
+	@echo "saved $(BENCH_JSON)"
+
+lint: $(TEST_STAMP) ## ruff
+	$(TEST_VENV)/bin/ruff check .
+
+types: $(TEST_STAMP) ## mypy, strict
+	$(TEST_VENV)/bin/mypy
+
+test-native: $(TEST_STAMP) ## The extension under AddressSanitizer
+	PYTHON="$(abspath $(TEST_VENV)/bin/python)" bash native/test-asan.sh
+
+fuzz: $(TEST_STAMP) ## Fuzz the wire protocol (FUZZ_SECONDS=60)
+	$(TEST_VENV)/bin/python tests/fuzz/fuzz_wire.py --seconds $(FUZZ_SECONDS)
+
+clean: ## Remove what make built
+	rm -rf $(DEMO_VENV) $(TEST_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find kvtransport kvpool tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f kvtransport/_native*.so

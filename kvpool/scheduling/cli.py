@@ -1,0 +1,98 @@
+"""``kvpool plan`` and ``kvpool simulate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvtransport.errors import KVError
+
+from . import report
+from .config import load_case, load_case_file
+from .planner import purchases, sensitivity
+
+PLAN_HELP = """Plan a PrfaaS deployment: threshold, instances by role, capacity, what binds and what more would buy.
+
+Examples:
+
+  kvpool plan --case paper                    the case study of arXiv 2604.15039 beside its published figures
+
+  kvpool plan --case paper --json -           the same as one JSON object on standard output
+
+  kvpool plan --config my.toml --plots out/   your own clusters, link, model and workload, with pictures
+"""
+
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="PATH", help="Write one JSON object; '-' is standard output.")
+]
+Plots = Annotated[Path | None, typer.Option("--plots", metavar="FOLDER", help="Write pictures (PNG and SVG) there.")]
+
+
+def make_console(json_path: str | None) -> Console:
+    """Pretty output goes to standard error when JSON takes standard output."""
+    console = Console(stderr=json_path == "-", highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a file or a pipe has no width of its own
+    return console
+
+
+def write_json(body: dict[str, Any], json_path: str) -> None:
+    """One JSON object, sorted as built; infinities become null."""
+    text = json.dumps(_finite(body), indent=2, allow_nan=False) + "\n"
+    if json_path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(json_path).write_text(text, encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    return value
+
+
+def fail(error: Exception) -> typer.Exit:
+    """Print an error for a person and end with status 2."""
+    Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
+def plan_command(
+    case: Annotated[str | None, typer.Option(help="A packaged case; 'paper' is the published case study.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A plan file (TOML); every key is in docs/scheduling.md.")] = None,
+    json_path: Json = None,
+    plots: Plots = None,
+) -> None:
+    try:
+        if (case is None) == (config is None):
+            raise typer.BadParameter("give exactly one of --case and --config")
+        loaded = load_case(case) if case is not None else load_case_file(config or Path())
+        console = make_console(json_path)
+        comparison = report.compare(loaded)
+        rows, bought = sensitivity(loaded.system), purchases(loaded.system)
+        report.print_comparison(console, loaded, comparison)
+        report.print_splits(console, comparison.plan)
+        report.print_sensitivity(console, comparison.plan, rows, bought)
+        if plots is not None:
+            from .plots import plan_pictures
+
+            for path in plan_pictures(loaded.system, comparison.plan, plots, title=loaded.title):
+                console.print(f"wrote {path}")
+        if json_path is not None:
+            write_json(report.as_json(loaded, comparison, rows, bought), json_path)
+    except (KVError, OSError) as error:
+        raise fail(error) from error
+
+
+def register(app: typer.Typer) -> None:
+    """Add the scheduling commands to ``app``."""
+    app.command("plan", help=PLAN_HELP)(plan_command)

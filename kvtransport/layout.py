@@ -111,8 +111,12 @@ class CacheGroup:
             raise LayoutError(f"group {self.name!r} needs at least one layer and one tensor")
         if list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0 or self.layers[-1] >= MAX_LAYERS:
             raise LayoutError(f"group {self.name!r}: layers must be ascending, unique and within 0..{MAX_LAYERS - 1}")
-        if (self.window is not None) != (self.kind is GroupKind.SLIDING) or (self.window is not None and self.window < 2):
-            raise LayoutError(f"group {self.name!r}: a window of at least 2 tokens belongs to sliding groups, only there")
+        if (self.window is not None) != (self.kind is GroupKind.SLIDING) or (
+            self.window is not None and self.window < 2
+        ):
+            raise LayoutError(
+                f"group {self.name!r}: a window of at least 2 tokens belongs to sliding groups, only there"
+            )
 
     @property
     def layer_bytes(self) -> int:
@@ -197,7 +201,9 @@ class Extent:
                 return start, start + tokens * self.unit
             base += self.unit * (span.tokens or 1)
         what = f"tokens {first}..{first + tokens}" if tokens else f"the state at {first}"
-        raise LayoutError(f"layer {self.layer} tensor {self.tensor} of this transfer does not hold {what}: {self.spans}")
+        raise LayoutError(
+            f"layer {self.layer} tensor {self.tensor} of this transfer does not hold {what}: {self.spans}"
+        )
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,8 @@ class CacheLayout:
             specs = [t.sharded(self.tp_size) for t in group.tensors]
             for layer in group.layers:
                 slots = found.setdefault(layer, [])
-                slots.extend(LayerTensor(layer, len(slots) + i, index, spec) for i, spec in enumerate(specs))
+                base = len(slots)
+                slots.extend(LayerTensor(layer, base + i, index, spec) for i, spec in enumerate(specs))
         return {layer: tuple(found[layer]) for layer in sorted(found)}
 
     @property
@@ -297,6 +304,8 @@ class CacheLayout:
         positions p, the tokens of ``[p - (window - 1), p)`` from ``start`` on, the first one rounded down to
         ``align`` (the block size, when whole blocks are stored).
         """
+        if align < 1:
+            raise LayoutError(f"spans are aligned to at least 1 token, got align={align}")
         if not 0 <= start < boundary:
             raise LayoutError(f"a transfer needs 0 <= start < boundary, got start {start}, boundary {boundary}")
         points = sorted({*checkpoints, boundary})
@@ -362,7 +371,7 @@ class CacheLayout:
                 for g in body["groups"]
             )
             return cls(str(body["model"]), groups, str(body["revision"]), int(body["tp_size"]), tp_rank)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise LayoutError(f"not a layout description: {type(error).__name__} {error}") from error
 
     def fingerprint(self, block_tokens: int = 0) -> bytes:

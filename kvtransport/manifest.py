@@ -7,6 +7,7 @@ with another geometry is refused by name instead of filling the wrong places.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from typing import Any
 
 import msgpack
 
-from .errors import FingerprintError, LimitError, ManifestError, ParallelismError
-from .layout import MAX_LAYERS, MAX_TENSORS_PER_LAYER, CacheLayout, Extent, GroupKind, Span
+from .errors import Fault, FingerprintError, LayoutError, LimitError, ManifestError, ParallelismError
+from .layout import MAX_LAYERS, MAX_TENSORS_PER_LAYER, CacheLayout, Extent, Span
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_EXTENTS = 65_536
@@ -34,8 +35,9 @@ def new_transfer_id() -> bytes:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One transfer: tokens up to ``boundary``, the extents in the order they will be handed over.
+    """One transfer: tokens ``[start, boundary)``, the extents in the order they will be handed over.
 
+    ``checkpoints`` are the positions before the boundary at which recurrent states are included.
     ``meta`` is the application's (small values that msgpack carries); the transport does not read it.
     """
 
@@ -43,6 +45,8 @@ class Manifest:
     fingerprint: bytes
     boundary: int
     extents: tuple[Extent, ...]
+    start: int = 0
+    checkpoints: tuple[int, ...] = ()
     tp_size: int = 1
     tp_rank: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -62,11 +66,14 @@ class Manifest:
         meta: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """The manifest of tokens ``[start, boundary)`` of ``layout``; see :meth:`CacheLayout.extents`."""
+        points = tuple(sorted({*checkpoints} - {boundary}))
         return cls(
             transfer,
             layout.fingerprint(block_tokens),
             boundary,
-            layout.extents(boundary, start=start, checkpoints=checkpoints, align=max(1, block_tokens)),
+            layout.extents(boundary, start=start, checkpoints=points, align=max(1, block_tokens)),
+            start,
+            points,
             layout.tp_size,
             layout.tp_rank,
             meta or {},
@@ -128,30 +135,38 @@ class Manifest:
                 "resharding is not supported yet: run both sides with the same tensor parallelism"
             )
         if self.tp_rank != layout.tp_rank:
-            raise ParallelismError(f"the producer sends tensor parallel rank {self.tp_rank}, this is rank {layout.tp_rank}")
+            raise ParallelismError(
+                f"the producer sends tensor parallel rank {self.tp_rank}, this is rank {layout.tp_rank}"
+            )
         if self.fingerprint != layout.fingerprint(block_tokens):
             raise FingerprintError(
                 f"fingerprint {self.fingerprint.hex()[:16]} is not this side's {layout.fingerprint(block_tokens).hex()[:16]} "
                 f"for {layout.model!r} (blocks of {block_tokens} tokens): model, revision, dtypes, layout and "
                 "block size must be the same on both sides"
             )
-        wanted = {(s.layer, s.tensor): s for s in layout.slots()}
+        try:
+            extents = layout.extents(
+                self.boundary, start=self.start, checkpoints=self.checkpoints, align=max(1, block_tokens)
+            )
+        except LayoutError as error:
+            raise ManifestError(
+                f"the manifest's token range is not one of {layout.model!r}: {error.message}"
+            ) from error
+        wanted = {(e.layer, e.tensor): e for e in extents}
         for extent in self.extents:
-            slot = wanted.pop((extent.layer, extent.tensor), None)
+            expected = wanted.pop((extent.layer, extent.tensor), None)
             where = f"layer {extent.layer} tensor {extent.tensor}"
-            if slot is None:
+            if expected is None:
                 raise ManifestError(f"{where} is not in the layout of {layout.model!r}")
-            if extent.unit != slot.spec.nbytes:
-                raise ManifestError(f"{where} ({slot.spec.name}): {extent.unit} bytes a unit, the layout says {slot.spec.nbytes}")
-            kind = layout.groups[slot.group].kind
-            last = extent.spans[-1]
-            if any((s.tokens == 0) != (kind is GroupKind.RECURRENT) for s in extent.spans):
-                raise ManifestError(f"{where} ({slot.spec.name}): spans {extent.spans} do not fit a {kind} group")
-            if last.stop != self.boundary:
-                raise ManifestError(f"{where} ({slot.spec.name}) ends at {last.stop}, not at the boundary {self.boundary}")
+            if extent.unit != expected.unit:
+                raise ManifestError(f"{where}: {extent.unit} bytes a unit, the layout says {expected.unit}")
+            if extent.spans != expected.spans:
+                raise ManifestError(f"{where} holds {_show(extent.spans)}, the layout needs {_show(expected.spans)}")
         if wanted:
             layer, tensor = min(wanted)
-            raise ManifestError(f"{len(wanted)} tensors of the layout are missing, the first is layer {layer} tensor {tensor}")
+            raise ManifestError(
+                f"{len(wanted)} tensors of the layout are missing, the first is layer {layer} tensor {tensor}"
+            )
 
     # -- travelling ----------------------------------------------------------------------------
 
@@ -164,12 +179,17 @@ class Manifest:
             "transfer": self.transfer,
             "fingerprint": self.fingerprint,
             "boundary": self.boundary,
+            "start": self.start,
+            "checkpoints": list(self.checkpoints),
             "tp": [self.tp_size, self.tp_rank],
             "spans": [[[s.first, s.tokens] for s in spans] for spans in tables],
             "extents": rows,
             "meta": dict(self.meta),
         }
-        packed: bytes = msgpack.packb(body, use_bin_type=True)
+        try:
+            packed: bytes = msgpack.packb(body, use_bin_type=True)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ManifestError(f"meta holds what msgpack cannot carry: {error}", fault=Fault.LOCAL) from error
         if len(packed) > MAX_MANIFEST_BYTES:
             raise LimitError(f"a manifest of {len(packed)} bytes is over the limit of {MAX_MANIFEST_BYTES}")
         return packed
@@ -182,7 +202,9 @@ class Manifest:
         try:
             body = msgpack.unpackb(data, raw=False, strict_map_key=True, max_ext_len=0)
             transfer, fingerprint = body["transfer"], body["fingerprint"]
-            tables = [tuple(Span(_int(f, MAX_TOKENS), _int(n, MAX_TOKENS)) for f, n in spans) for spans in body["spans"]]
+            tables = [
+                tuple(Span(_int(f, MAX_TOKENS), _int(n, MAX_TOKENS)) for f, n in spans) for spans in body["spans"]
+            ]
             tp_size, tp_rank = (_int(n, 1 << 16) for n in body["tp"])
             rows = body["extents"]
             if not isinstance(transfer, bytes) or len(transfer) != 16:
@@ -192,16 +214,31 @@ class Manifest:
             if len(rows) > MAX_EXTENTS or len(tables) > MAX_SPANS or any(not 0 < len(t) <= MAX_SPANS for t in tables):
                 raise LimitError(f"a manifest of {len(rows)} extents, {len(tables)} span tables is over the limits")
             for spans in tables:
-                if any(b.first < a.stop or (b.first == a.first) for a, b in zip(spans, spans[1:], strict=False)):
+                if any(b.first < a.stop or (b.first == a.first) for a, b in itertools.pairwise(spans)):
                     raise ManifestError(f"spans {spans} are not ascending and disjoint")
             extents = tuple(
-                Extent(_int(layer, MAX_LAYERS - 1), _int(tensor, MAX_TENSORS_PER_LAYER - 1), _int(unit, 1 << 40), tables[_int(table, MAX_SPANS)])
+                Extent(
+                    _int(layer, MAX_LAYERS - 1),
+                    _int(tensor, MAX_TENSORS_PER_LAYER - 1),
+                    _int(unit, 1 << 40),
+                    tables[_int(table, MAX_SPANS)],
+                )
                 for layer, tensor, unit, table in rows
             )
             meta = body["meta"]
             if not isinstance(meta, dict):
                 raise ManifestError("meta must be a map")
-            manifest = cls(transfer, fingerprint, _int(body["boundary"], MAX_TOKENS), extents, tp_size, tp_rank, meta)
+            manifest = cls(
+                transfer,
+                fingerprint,
+                _int(body["boundary"], MAX_TOKENS),
+                extents,
+                _int(body["start"], MAX_TOKENS),
+                tuple(_int(p, MAX_TOKENS) for p in body["checkpoints"]),
+                tp_size,
+                tp_rank,
+                meta,
+            )
         except (ManifestError, LimitError):
             raise
         except (KeyError, TypeError, ValueError, IndexError, RecursionError, msgpack.UnpackException) as error:
@@ -211,6 +248,12 @@ class Manifest:
         if manifest.total_bytes > MAX_TRANSFER_BYTES:
             raise LimitError(f"a transfer of {manifest.total_bytes} bytes is over the limit of {MAX_TRANSFER_BYTES}")
         return manifest
+
+
+def _show(spans: tuple[Span, ...]) -> str:
+    return (
+        ", ".join(f"tokens {s.first}..{s.stop}" if s.tokens else f"the state at {s.first}" for s in spans) or "nothing"
+    )
 
 
 def _int(value: object, maximum: int) -> int:

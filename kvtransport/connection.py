@@ -1,0 +1,325 @@
+"""One connection: frames in, frames out, over any :class:`~kvtransport.io.base.ByteStream`.
+
+Reading: the header first, then the payload straight into the place its owner names, hashed while it is hot;
+the next header comes with the same system call as the end of a payload. Writing: control frames before data, one data
+frame at a time, taken from the owner when there is room, so that a chunk goes to the connection that can send it now.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from .buffers import Hasher, PageList
+from .errors import KVError, LimitError, PeerLostError, ProtocolError
+from .io.base import ByteStream
+from .wire import bodies
+from .wire.frames import (
+    DEFAULT_LIMITS,
+    HEADER_BYTES,
+    Flag,
+    FrameType,
+    Header,
+    Limits,
+    data_seed,
+    encode_control,
+    pack_header,
+    seal_header,
+    unpack_header,
+)
+
+READ_BUDGET = 4 << 20
+"""Bytes read per readiness callback before other connections get their turn."""
+
+MAX_CONTROL_BYTES = 32 << 20
+"""Control frames queued for a peer that does not read them; more closes the connection."""
+
+
+@dataclass(slots=True)
+class OutFrame:
+    """A data frame on its way: ``key`` is the sender's, ``pages`` may be swapped for the same bytes elsewhere."""
+
+    head: bytes
+    pages: PageList
+    key: object
+    checksummed: bool
+
+
+class Owner(Protocol):
+    """Who a connection reports to: a handshake first, then a link."""
+
+    def place_data(self, connection: Connection, header: Header) -> PageList:
+        """Where the payload of a DATA frame goes (scratch for what nobody wants)."""
+
+    def data_done(self, connection: Connection, header: Header, verified: bool) -> None:
+        """The payload is in its place; not called for a voided claim."""
+
+    def control(self, connection: Connection, header: Header, payload: bytes) -> None:
+        """A verified control frame."""
+
+    def next_data(self, connection: Connection) -> OutFrame | None:
+        """The next chunk for this connection, None when there is nothing to send."""
+
+    def sent_data(self, connection: Connection, frame: OutFrame) -> None:
+        """The last byte of a data frame was taken by the stream."""
+
+    def lost(self, connection: Connection, error: KVError) -> None:
+        """The connection is gone; called once."""
+
+
+class Connection:
+    """See the module. Belongs to one event loop; every method returns at once."""
+
+    def __init__(self, stream: ByteStream, owner: Owner, *, limits: Limits = DEFAULT_LIMITS, now: float = 0.0) -> None:
+        self.stream = stream
+        self.owner = owner
+        self.index = 0
+        self.closed = False
+        self.last_heard = now
+        self.last_ping = now
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        self._limits = limits
+        # reading
+        self._head = bytearray(HEADER_BYTES)
+        self._head_at = 0
+        self._header: Header | None = None
+        self._pages: PageList | None = None
+        self._at = 0
+        self._hasher = Hasher()
+        self._hashing = False
+        self._void = False
+        self._heard = False
+        # writing
+        self._control: deque[bytes] = deque()
+        self._control_bytes = 0
+        self._frame: OutFrame | None = None
+        self._out: bytes = b""
+        self._out_at = 0
+        self._blocked = False
+
+    def start(self) -> None:
+        self.stream.on_readable(self._readable)
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def heard(self, now: float) -> None:
+        """Called by the owner's clock: notes whether anything arrived since the last call."""
+        if self._heard:
+            self._heard = False
+            self.last_heard = now
+
+    def void_incoming(self) -> None:
+        """Let the rest of the payload being received drain into scratch; its place is not written again."""
+        if self._pages is not None and self._header is not None and self._header.type is FrameType.DATA:
+            self._pages = PageList.scratch(self._pages.nbytes)
+            self._hashing = False
+            self._void = True
+
+    def _readable(self) -> None:
+        budget = READ_BUDGET
+        try:
+            while budget > 0 and not self.closed:
+                pages = self._pages
+                n = self.stream.recv(pages, self._at, self._head, self._head_at)
+                if n == 0:
+                    return
+                self._heard = True
+                self.received_bytes += n
+                budget -= n
+                if pages is not None:
+                    n = self._took(pages, n)
+                self._head_at += n
+                if self._pages is None and self._head_at == HEADER_BYTES:
+                    self._begin()
+        except KVError as error:
+            self.refuse(error)
+        except EOFError:
+            where = "" if self._head_at == 0 and self._pages is None else " in the middle of a frame"
+            self.fail(PeerLostError(f"{self.stream.peer} closed the connection{where}"))
+        except OSError as error:
+            self.fail(PeerLostError(f"connection to {self.stream.peer} broke: {error.strerror or error}"))
+
+    def _took(self, pages: PageList, n: int) -> int:
+        """Account for ``n`` bytes of payload and next header; returns those that belong to the header."""
+        stop = min(pages.nbytes, self._at + n)
+        rest = n - (stop - self._at)
+        if self._hashing:
+            self._hasher.update_pages(pages.base, pages.pieces, self._at, stop)
+        self._at = stop
+        if stop == pages.nbytes:
+            self._finish(pages)
+        return rest
+
+    def _begin(self) -> None:
+        header = unpack_header(self._head, self._limits)
+        self._head_at = 0
+        self._header = header
+        self._void = False
+        if header.type is FrameType.DATA:
+            self._pages = self.owner.place_data(self, header)
+        else:
+            self._pages = PageList.of(bytearray(header.length)) if header.length else None
+        self._at = 0
+        self._hashing = not header.flags & Flag.NO_CHECKSUM and self._pages is not None
+        if self._hashing:
+            self._hasher.reset(header.check)
+        if self._pages is None:
+            self.owner.control(self, header, b"")
+
+    def _finish(self, pages: PageList) -> None:
+        header, self._header, self._pages, self._at = self._header, None, None, 0
+        assert header is not None
+        if header.type is FrameType.DATA:
+            if not self._void:
+                verified = not self._hashing or self._hasher.intdigest() == header.checksum
+                self.owner.data_done(self, header, verified)
+            return
+        if self._hasher.intdigest() != header.checksum:
+            raise ProtocolError(
+                f"{header.type.name} body from {self.stream.peer} failed its checksum; resetting the connection"
+            )
+        self.owner.control(self, header, pages.tobytes())
+
+    # -- writing -------------------------------------------------------------------------------
+
+    @property
+    def blocked(self) -> bool:
+        return self._blocked or self.closed
+
+    @property
+    def sending(self) -> OutFrame | None:
+        """The data frame that is partly sent."""
+        return self._frame
+
+    def send_control(self, frame: bytes) -> None:
+        """Queue a whole control frame; it goes out before the next data frame."""
+        if self.closed:
+            return
+        self._control.append(frame)
+        self._control_bytes += len(frame)
+        if self._control_bytes > MAX_CONTROL_BYTES:
+            self.fail(
+                LimitError(f"{self.stream.peer} does not read: {self._control_bytes} bytes of control frames wait")
+            )
+
+    def swap_source(self, pages: PageList) -> None:
+        """Send the rest of the current data frame from ``pages`` (the same bytes, elsewhere)."""
+        if self._frame is not None:
+            self._frame.pages = pages
+
+    def void_outgoing(self) -> None:
+        """Finish the current data frame from zeros; its checksum then voids it.
+
+        Without a checksum nothing would void it: the connection is reset instead.
+        """
+        if self._frame is None:
+            return
+        if self._frame.checksummed:
+            self._frame.pages = PageList.zeros(self._frame.pages.nbytes)
+        else:
+            self.fail(
+                PeerLostError("reset by this side: a cancelled transfer had an unchecked frame half sent"), abort=True
+            )
+
+    def pump(self, frames: int) -> bool:
+        """Send up to ``frames`` frames; True when it stopped because of the number, not for lack of room or work."""
+        try:
+            while frames > 0 and not self.closed:
+                if not self._out and not self._next():
+                    self._watch(False)
+                    return False
+                pages = None if self._frame is None else self._frame.pages
+                total = len(self._out) + (0 if pages is None else pages.nbytes)
+                n = self.stream.send(self._out, pages, self._out_at)
+                if n == 0:
+                    self._watch(True)
+                    return False
+                self._out_at += n
+                self.sent_bytes += n
+                if self._out_at == total:
+                    frames -= 1
+                    frame, self._frame, self._out, self._out_at = self._frame, None, b"", 0
+                    if frame is not None:
+                        self.owner.sent_data(self, frame)
+        except KVError as error:
+            self.fail(error)
+        except OSError as error:
+            self.fail(PeerLostError(f"connection to {self.stream.peer} broke: {error.strerror or error}"))
+        return not self.closed
+
+    def _next(self) -> bool:
+        if self._control:
+            if len(self._control) == 1:
+                self._out = self._control.popleft()
+            else:
+                self._out = b"".join(self._control)
+                self._control.clear()
+            self._control_bytes = 0
+        else:
+            self._frame = self.owner.next_data(self)
+            if self._frame is None:
+                return False
+            self._out = self._frame.head
+        self._out_at = 0
+        return True
+
+    def _watch(self, blocked: bool) -> None:
+        if blocked != self._blocked:
+            self._blocked = blocked
+            self.stream.on_writable(self._writable if blocked else None)
+
+    def _writable(self) -> None:
+        self._watch(False)
+        if self.pump(4):
+            # More to send: come back through the loop, so that reading gets its turn.
+            self._watch(True)
+
+    # -- ending --------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Get queued control frames out as far as the stream takes them now."""
+        while not self.closed and (self._control or (self._out and self._frame is None)):
+            if not self.pump(1):
+                return
+
+    def refuse(self, error: KVError) -> None:
+        """Tell the peer what is wrong with what it sent, then close."""
+        if not self.closed:
+            self.send_control(encode_control(FrameType.ERROR, bodies.Error.of(error)))
+            self.flush()
+            self._close(error, self.stream.finish)
+
+    def fail(self, error: KVError, *, abort: bool = False) -> None:
+        """Close and report ``error`` to the owner. Idempotent."""
+        self._close(error, self.stream.abort if abort else self.stream.close)
+
+    def _close(self, error: KVError, close: Callable[[], None]) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._pages = None
+        self._control.clear()
+        close()
+        self.owner.lost(self, error)
+        self._frame = None
+
+
+def data_head(
+    transfer: bytes, layer: int, tensor: int, offset: int, attempt: int, pages: PageList, *, checksum: bool
+) -> bytes:
+    """The sealed header of a DATA frame; with ``checksum`` this reads every byte of ``pages``."""
+    flags = (Flag.RESEND if attempt else 0) | (0 if checksum else Flag.NO_CHECKSUM)
+    head = pack_header(
+        FrameType.DATA,
+        transfer=transfer,
+        flags=flags,
+        layer=layer,
+        tensor=tensor,
+        length=pages.nbytes,
+        offset=offset,
+        sequence=attempt,
+    )
+    return seal_header(head, pages.hash(data_seed(head))) if checksum else head

@@ -1,0 +1,394 @@
+"""One process on the network: its incarnation, its port, its links, what it expects."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from .buffers import PageList
+from .connection import Connection, OutFrame
+from .errors import (
+    ConnectError,
+    Fault,
+    HandshakeError,
+    InsecureBindError,
+    KVError,
+    LimitError,
+    ProtocolError,
+)
+from .flow.spilling import SpillPolicy
+from .io.base import ByteStream, Listener, Network
+from .io.tcp import TcpNetwork, TcpOptions
+from .link import Link
+from .receiver import Expectation, Receiver
+from .spill import SpillArea
+from .wire import bodies
+from .wire.frames import DEFAULT_LIMITS, FrameType, Header, Limits, decode_control, encode_control
+from .wire.state import ConnectionMachine, Role
+
+Handler = Callable[[Link, dict[str, Any]], Awaitable[dict[str, Any]]]
+"""Answers a verb: gets the calling link and the arguments, returns the result or raises a KVError."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointConfig:
+    """Settings of one endpoint. Seconds, bytes, entries.
+
+    ``insecure`` must be True to listen on, or dial to, an address beyond loopback while TLS is not configured.
+    ``token`` is a shared secret that dialling peers must present.
+    """
+
+    name: str = ""
+    insecure: bool = False
+    token: bytes | None = None
+    keepalive_s: float = 5.0
+    dead_after_s: float = 15.0
+    handshake_timeout_s: float = 5.0
+    max_links: int = 1_024
+    max_connections_per_link: int = 64
+    max_handshakes: int = 256
+    max_waiting_opens: int = 1_024
+    max_expected: int = 65_536
+    chunk_bytes: int = 1 << 20
+    spill: SpillPolicy = field(default_factory=SpillPolicy)
+    limits: Limits = DEFAULT_LIMITS
+    tcp: TcpOptions = field(default_factory=TcpOptions)
+
+
+class Endpoint:
+    """Use as ``async with Endpoint() as endpoint``; everything it made is closed with it.
+
+    Belongs to the event loop it was made in.
+    """
+
+    def __init__(self, config: EndpointConfig | None = None, *, network: Network | None = None) -> None:
+        self.config = config or EndpointConfig()
+        self.incarnation = os.urandom(16)
+        self.handlers: dict[str, Handler] = {}
+        self.spill_area = SpillArea(self.config.spill.budget_bytes)
+        self._loop = asyncio.get_running_loop()
+        self._network: Network = network or TcpNetwork(self.config.tcp)
+        self._listeners: list[Listener] = []
+        self._links: dict[bytes, Link] = {}
+        self._handshakes: set[_Handshake] = set()
+        self._expected: dict[bytes, tuple[Receiver, Link | None]] = {}
+        self._waiting: dict[bytes, _WaitingOpen] = {}
+        self.on_link: Callable[[Link], None] | None = None
+        self.closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return tuple(self._links.values())
+
+    # -- reaching and being reached ------------------------------------------------------------
+
+    async def listen(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
+        """Accept links on ``host:port`` (0: any free port); returns the bound address.
+
+        Raises InsecureBindError beyond loopback without ``insecure``, ConfigError when the port is taken.
+        """
+        self._guard(host, "listen on")
+        listener = await self._network.listen(host, port, self._accept)
+        self._listeners.append(listener)
+        return listener.host, listener.port
+
+    async def connect(self, host: str, port: int, *, connections: int = 4) -> Link:
+        """Dial a peer with ``connections`` TCP connections.
+
+        Raises ConnectError (nobody answers), HandshakeError or VersionError (the peer refuses), InsecureBindError.
+        """
+        self._guard(host, "connect to")
+        if not 1 <= connections <= self.config.max_connections_per_link:
+            raise LimitError(
+                f"a link has 1 to {self.config.max_connections_per_link} connections, asked for {connections}",
+                fault=Fault.LOCAL,
+            )
+        link_id = os.urandom(16)
+        made: list[Link] = []
+
+        def join(handshake: _Handshake) -> None:
+            # Called as soon as the peer's HELLO is there: its next frame may follow in the same read.
+            hello = handshake.machine.peer
+            assert hello is not None
+            if not made:
+                made.append(Link(self, link_id, hello, handshake.connection.stream.peer, dialled=True))
+                self._links[link_id] = made[0]
+            if made[0].closed:
+                raise ConnectError("the link was given up while it was dialled")
+            made[0].join(handshake.connection, handshake.machine)
+
+        try:
+            await self._dial(host, port, link_id, 0, connections, None, join)
+            link = made[0]
+            async with asyncio.TaskGroup() as group:
+                for i in range(1, connections):
+                    group.create_task(self._dial(host, port, link_id, i, connections, link.peer_incarnation, join))
+        except BaseException as error:
+            for link in made:
+                await link.close()
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from None
+            raise
+        return link
+
+    async def _dial(
+        self,
+        host: str,
+        port: int,
+        link_id: bytes,
+        index: int,
+        count: int,
+        peer_incarnation: bytes | None,
+        join: Callable[[_Handshake], None],
+    ) -> None:
+        stream = await self._network.connect(host, port)
+        machine = ConnectionMachine(Role.DIAL, incarnation=self.incarnation, peer_incarnation=peer_incarnation)
+        handshake = _Handshake(self, stream, machine, join)
+        handshake.connection.index = index
+        try:
+            handshake.start()
+            handshake.say_hello(link_id, index, count, token=self.config.token)
+            await handshake.done
+        except asyncio.CancelledError:
+            handshake.connection.fail(ConnectError("dialling was given up"))
+            raise
+
+    def _guard(self, host: str, what: str) -> None:
+        if not self.config.insecure and isinstance(self._network, TcpNetwork) and not _is_loopback(host):
+            raise InsecureBindError(
+                f"refusing to {what} {host or 'all addresses'}: it is beyond loopback and nothing is encrypted or authenticated; "
+                "use 127.0.0.1, or set insecure = true if the network itself is trusted"
+            )
+
+    def _accept(self, stream: ByteStream) -> None:
+        if len(self._handshakes) >= self.config.max_handshakes or self.closed:
+            stream.abort()
+            return
+        _Handshake(self, stream, ConnectionMachine(Role.ACCEPT, incarnation=self.incarnation), self._welcome).start()
+
+    def _welcome(self, handshake: _Handshake) -> None:
+        """Let a dialling peer in. Raises KVError to refuse it."""
+        hello = handshake.machine.peer
+        assert hello is not None
+        token = self.config.token
+        if token is not None and not hmac.compare_digest(hello.token or b"", token):
+            raise HandshakeError("the token is missing or wrong", fault=Fault.LOCAL)
+        if hello.count > self.config.max_connections_per_link:
+            raise LimitError(
+                f"a link may have {self.config.max_connections_per_link} connections here, the peer wants {hello.count}"
+            )
+        link = self._links.get(hello.link)
+        if link is None:
+            if hello.index:
+                raise HandshakeError(
+                    f"connection {hello.index} joins a link that is not known here (it may have ended)"
+                )
+            if len(self._links) >= self.config.max_links:
+                raise LimitError(f"{self.config.max_links} links are open here already", retryable=True)
+            link = Link(self, hello.link, hello, handshake.connection.stream.peer, dialled=False)
+            self._links[hello.link] = link
+            new = True
+        else:
+            new = False
+            if hello.incarnation != link.peer_incarnation or hello.index >= link.wanted:
+                raise HandshakeError("the connection does not belong to the link it names")
+        handshake.say_hello(hello.link, hello.index, hello.count)
+        link.join(handshake.connection, handshake.machine)
+        if new and self.on_link is not None:
+            self.on_link(link)
+
+    # -- transfers -----------------------------------------------------------------------------
+
+    def expect(self, transfer: bytes, wanted: Expectation, *, link: Link | None = None) -> Receiver:
+        """Expect the producer of ``transfer`` (16 bytes) to open it; with ``link``, only over that link.
+
+        Raises LimitError when too many are expected, ProtocolError when this one is expected already.
+        """
+        if len(transfer) != 16:
+            raise ProtocolError(f"a transfer is named by 16 bytes, got {len(transfer)}", fault=Fault.LOCAL)
+        if transfer in self._expected:
+            raise ProtocolError(f"transfer {transfer.hex()} is expected already", fault=Fault.LOCAL)
+        if len(self._expected) >= self.config.max_expected:
+            raise LimitError(
+                f"{self.config.max_expected} transfers are expected already", fault=Fault.LOCAL, retryable=True
+            )
+        receiver = Receiver(self, transfer, wanted)
+        self._expected[transfer] = (receiver, link)
+        waiting = self._waiting.get(transfer)
+        if waiting is not None and (link is None or link is waiting.link):
+            del self._waiting[transfer]
+            waiting.timer.cancel()
+            if not waiting.link.closed:
+                waiting.link.adopt(receiver)
+                receiver.on_open(waiting.link, waiting.header, waiting.body)
+        return receiver
+
+    def on_open(self, link: Link, header: Header, body: bodies.Open) -> None:
+        """A producer opened a transfer: to its receiver, or wait for one in a bounded table."""
+        expected = self._expected.get(header.transfer)
+        if expected is not None:
+            receiver, only = expected
+            if only is None or only is link:
+                if receiver.waiting:
+                    link.adopt(receiver)
+                receiver.on_open(link, header, body)
+                return
+        if header.transfer in self._waiting:
+            return
+        if len(self._waiting) >= self.config.max_waiting_opens:
+            error = LimitError(
+                f"{self.config.max_waiting_opens} opened transfers wait for a consumer here already", retryable=True
+            )
+            link.send(encode_control(FrameType.ERROR, bodies.Error.of(error), transfer=header.transfer))
+            link.finish(header.transfer)
+            return
+        timer = self._loop.call_later(min(body.deadline_s, 3600.0), self._waiting.pop, header.transfer, None)
+        self._waiting[header.transfer] = _WaitingOpen(link, header, body, timer)
+
+    def withdraw(self, link: Link, header: Header) -> bool:
+        """The producer gives up a transfer that nobody expected yet; False when none of it waits here."""
+        waiting = self._waiting.get(header.transfer)
+        if waiting is None or waiting.link is not link:
+            return False
+        waiting.timer.cancel()
+        del self._waiting[header.transfer]
+        link.finish(header.transfer)
+        return True
+
+    def forget_receiver(self, receiver: Receiver) -> None:
+        self._expected.pop(receiver.transfer, None)
+
+    def forget_link(self, link: Link) -> None:
+        self._links.pop(link.id, None)
+        for transfer, waiting in list(self._waiting.items()):
+            if waiting.link is link:
+                waiting.timer.cancel()
+                del self._waiting[transfer]
+
+    def handshake_over(self, handshake: _Handshake) -> None:
+        self._handshakes.discard(handshake)
+
+    def handshake_begun(self, handshake: _Handshake) -> None:
+        self._handshakes.add(handshake)
+
+    # -- ending --------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Close port, links and expectations; everything in progress fails. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        for listener in self._listeners:
+            listener.close()
+        gone = HandshakeError("this endpoint is closing", fault=Fault.LOCAL)
+        for handshake in list(self._handshakes):
+            handshake.connection.fail(gone)
+        for link in self.links:
+            await link.close()
+        for receiver, _ in list(self._expected.values()):
+            await receiver.cancel("the endpoint was closed")
+        self.spill_area.close()
+
+
+@dataclass(slots=True)
+class _WaitingOpen:
+    link: Link
+    header: Header
+    body: bodies.Open
+    timer: asyncio.TimerHandle
+
+
+class _Handshake:
+    """Owns a connection until both HELLOs have crossed."""
+
+    def __init__(
+        self, endpoint: Endpoint, stream: ByteStream, machine: ConnectionMachine, join: Callable[[_Handshake], None]
+    ) -> None:
+        self._endpoint = endpoint
+        self._join = join
+        loop = asyncio.get_running_loop()
+        self.machine = machine
+        self.connection = Connection(stream, self, limits=endpoint.config.limits, now=loop.time())
+        self.done: asyncio.Future[None] = loop.create_future()
+        self.done.add_done_callback(lambda f: f.cancelled() or f.exception())
+        self._timer = loop.call_later(endpoint.config.handshake_timeout_s, self._expired)
+        endpoint.handshake_begun(self)
+
+    def start(self) -> None:
+        self.connection.start()
+
+    def say_hello(self, link: bytes, index: int, count: int, token: bytes | None = None) -> None:
+        config = self._endpoint.config
+        frame = self.machine.hello_to_send(
+            link=link, index=index, count=count, name=config.name, token=token, keepalive_s=config.keepalive_s
+        )
+        self.connection.send_control(frame)
+        self.connection.flush()
+
+    def _settle(self) -> None:
+        self._timer.cancel()
+        self._endpoint.handshake_over(self)
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def _expired(self) -> None:
+        self.connection.fail(
+            HandshakeError(
+                f"{self.connection.stream.peer} did not complete the handshake within "
+                f"{self._endpoint.config.handshake_timeout_s:g} s; is it a kvtransport port?",
+                fault=Fault.REMOTE,
+            ),
+            abort=True,
+        )
+
+    # -- kvtransport.connection.Owner ----------------------------------------------------------
+
+    def control(self, connection: Connection, header: Header, payload: bytes) -> None:
+        self.machine.receive(header)
+        body = decode_control(header, payload, verified=True)
+        if isinstance(body, bodies.Error):
+            connection.fail(body.to_error(prefix=f"{connection.stream.peer} refused: "))
+            return
+        assert isinstance(body, bodies.Hello)
+        self.machine.receive_hello(body)
+        self._join(self)
+        self._settle()
+
+    def place_data(self, connection: Connection, header: Header) -> PageList:
+        self.machine.receive(header)
+        raise ProtocolError("got DATA before the handshake was over")
+
+    def data_done(self, connection: Connection, header: Header, verified: bool) -> None:
+        raise AssertionError("no data is placed during a handshake")
+
+    def next_data(self, connection: Connection) -> OutFrame | None:
+        return None
+
+    def sent_data(self, connection: Connection, frame: OutFrame) -> None:
+        raise AssertionError("no data is sent during a handshake")
+
+    def lost(self, connection: Connection, error: KVError) -> None:
+        self._timer.cancel()
+        self._endpoint.handshake_over(self)
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return False

@@ -1,0 +1,74 @@
+"""What the rest of the package needs of a network: a few methods, implemented over TCP and over memory.
+
+Only modules of this package touch sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from ..buffers import PageList
+
+
+class ByteStream(Protocol):
+    """One connected, non-blocking, reliable byte stream. Belongs to one event loop."""
+
+    peer: str
+    local: str
+
+    def send(self, head: bytes, pages: PageList | None, start: int) -> int:
+        """Send on from byte ``start`` of ``head ++ pages``.
+
+        Returns the bytes taken, 0 when the stream would block. Raises OSError when the stream is broken.
+        """
+
+    def recv(self, pages: PageList | None, start: int, tail: bytearray, tail_start: int) -> int:
+        """Receive into ``pages`` from ``start`` on, then into ``tail`` from ``tail_start`` on.
+
+        Returns the bytes received, 0 when nothing is there. Raises EOFError at the end of the stream,
+        OSError when it is broken.
+        """
+
+    def on_readable(self, callback: Callable[[], None] | None) -> None:
+        """Call back whenever bytes are there (level-triggered); None stops."""
+
+    def on_writable(self, callback: Callable[[], None] | None) -> None:
+        """Call back whenever bytes can be taken (level-triggered); None stops."""
+
+    def close(self) -> None:
+        """Close; bytes already taken are still delivered. No callback follows. Idempotent."""
+
+    def finish(self) -> None:
+        """Close after telling why: what was taken is delivered even if the peer keeps sending, whose bytes are thrown
+        away for at most a second. (Closing with unread bytes resets a TCP connection and loses the last word.)
+        """
+
+    def abort(self) -> None:
+        """Close at once with a reset where there is one. Idempotent."""
+
+    def rtt_s(self) -> float | None:
+        """The smoothed round trip as the stream knows it, seconds."""
+
+    def unsent_bytes(self) -> int:
+        """Bytes taken that the peer has not acknowledged, as far as is known."""
+
+
+class Listener(Protocol):
+    """A bound port."""
+
+    host: str
+    port: int
+
+    def close(self) -> None:
+        """Stop accepting and free the port. Idempotent."""
+
+
+class Network(Protocol):
+    """Makes streams. ``options`` of a stream (buffers, congestion control) belong to the implementation."""
+
+    def connect(self, host: str, port: int) -> Awaitable[ByteStream]:
+        """Connect; raises ConnectError naming address and reason. Cancelling leaves no socket behind."""
+
+    def listen(self, host: str, port: int, accept: Callable[[ByteStream], None]) -> Awaitable[Listener]:
+        """Bind and call ``accept`` per incoming stream; raises ConfigError when the port is taken."""

@@ -1,0 +1,280 @@
+"""TCP over the event loop's readiness callbacks, with the vectored loops of ``native``.
+
+Neither asyncio's streams (they copy; measured five times slower) nor transports (a Python call per buffer) are
+used: the loop only says when a descriptor is ready, the bytes move between the socket and their final place
+in one C call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..buffers import PageList, recv_pages, send_pages
+from ..errors import ConfigError, ConnectError
+
+_TCP_INFO = getattr(socket, "TCP_INFO", 11)
+_RTT_OFFSET = 68  # tcpi_rtt in struct tcp_info (linux/tcp.h): 8 bytes of flags, then 32-bit words; rtt is the 16th
+_SIOCOUTQ = 0x5411
+LAST_WORD_S = 1.0
+"""How long a connection that was refused is kept so that the reason arrives."""
+
+
+@dataclass(frozen=True, slots=True)
+class TcpOptions:
+    """Per-socket settings. None leaves the system's default.
+
+    ``congestion`` is a name such as "cubic" or "bbr"; a kernel that does not allow it keeps its default.
+    ``step_bytes`` bounds the bytes moved per readiness callback and connection, so that no connection starves another.
+    """
+
+    congestion: str | None = None
+    send_buffer: int | None = None
+    recv_buffer: int | None = None
+    connect_timeout_s: float = 5.0
+    backlog: int = 256
+    step_bytes: int = 1 << 20
+
+
+class TcpStream:
+    """A connected TCP socket as a :class:`kvtransport.io.base.ByteStream`."""
+
+    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop, options: TcpOptions) -> None:
+        sock.setblocking(False)
+        tune(sock, options)
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._loop = loop
+        self._step = options.step_bytes
+        self._reading = False
+        self._writing = False
+        self.peer = _address(sock.getpeername())
+        self.local = _address(sock.getsockname())
+
+    def send(self, head: bytes, pages: PageList | None, start: int) -> int:
+        if pages is None:
+            return send_pages(self._fd, head, None, None, start, self._step)
+        return send_pages(self._fd, head, pages.base, pages.pieces, start, self._step)
+
+    def recv(self, pages: PageList | None, start: int, tail: bytearray, tail_start: int) -> int:
+        if pages is None:
+            return recv_pages(self._fd, None, None, start, tail, tail_start, self._step)
+        return recv_pages(self._fd, pages.base, pages.pieces, start, tail, tail_start, self._step)
+
+    def on_readable(self, callback: Callable[[], None] | None) -> None:
+        if callback is not None:
+            self._loop.add_reader(self._fd, callback)
+        elif self._reading:
+            self._loop.remove_reader(self._fd)
+        self._reading = callback is not None
+
+    def on_writable(self, callback: Callable[[], None] | None) -> None:
+        if callback is not None:
+            self._loop.add_writer(self._fd, callback)
+        elif self._writing:
+            self._loop.remove_writer(self._fd)
+        self._writing = callback is not None
+
+    def close(self) -> None:
+        if self._fd < 0:
+            return
+        self.on_readable(None)
+        self.on_writable(None)
+        self._fd = -1
+        self._sock.close()
+
+    def finish(self) -> None:
+        if self._fd < 0:
+            return
+        self.on_writable(None)
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()
+            return
+        self.on_readable(self._discard)
+        self._loop.call_later(LAST_WORD_S, self.close)
+
+    def _discard(self) -> None:
+        try:
+            if self._fd < 0 or self._sock.recv(1 << 16):
+                return
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            pass
+        self.close()
+
+    def abort(self) -> None:
+        if self._fd < 0:
+            return
+        # Linger 0: a reset instead of a lingering FIN, so that half a frame cannot pass for a clean end.
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def rtt_s(self) -> float | None:
+        if self._fd < 0 or sys.platform != "linux":
+            return None
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 104)
+        return int(struct.unpack_from("<I", info, _RTT_OFFSET)[0]) / 1e6
+
+    def unsent_bytes(self) -> int:
+        if self._fd < 0 or sys.platform != "linux":
+            return 0
+        import fcntl
+
+        return int(struct.unpack("i", fcntl.ioctl(self._fd, _SIOCOUTQ, b"\0\0\0\0"))[0])
+
+
+class TcpListener:
+    """A listening socket; see :class:`kvtransport.io.base.Listener`."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        options: TcpOptions,
+        accept: Callable[[TcpStream], None],
+    ) -> None:
+        self._sock: socket.socket | None = sock
+        self._loop = loop
+        self._options = options
+        self._accept = accept
+        self.host, self.port = sock.getsockname()[:2]
+        loop.add_reader(sock.fileno(), self._on_ready)
+
+    def _on_ready(self) -> None:
+        # A burst of connections is taken in one go, but bounded so that established links keep running.
+        for _ in range(16):
+            if self._sock is None:
+                return
+            try:
+                sock, _ = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    # Out of descriptors: readiness would spin. Pause, existing links go on.
+                    self._pause()
+                    return
+                raise
+            try:
+                stream = TcpStream(sock, self._loop, self._options)
+            except OSError:
+                sock.close()
+                continue
+            self._accept(stream)
+
+    def _pause(self) -> None:
+        if self._sock is not None:
+            self._loop.remove_reader(self._sock.fileno())
+            self._loop.call_later(0.2, self._resume)
+
+    def _resume(self) -> None:
+        if self._sock is not None:
+            self._loop.add_reader(self._sock.fileno(), self._on_ready)
+
+    def close(self) -> None:
+        if self._sock is None:
+            return
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        self._sock = None
+
+
+class TcpNetwork:
+    """See :class:`kvtransport.io.base.Network`."""
+
+    def __init__(self, options: TcpOptions | None = None) -> None:
+        self.options = options or TcpOptions()
+
+    async def connect(self, host: str, port: int) -> TcpStream:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.options.connect_timeout_s):
+                infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                last: OSError | None = None
+                for family, kind, proto, _, address in infos:
+                    sock = socket.socket(family, kind, proto)
+                    try:
+                        sock.setblocking(False)
+                        _size_buffers(sock, self.options)
+                        await loop.sock_connect(sock, address)
+                        return TcpStream(sock, loop, self.options)
+                    except OSError as error:
+                        sock.close()
+                        last = error
+                    except BaseException:
+                        sock.close()
+                        raise
+                raise last or OSError(f"{host} has no address")
+        except TimeoutError:
+            raise ConnectError(
+                f"no answer from {host}:{port} within {self.options.connect_timeout_s:g} s; is the address right and the port open in the firewall?"
+            ) from None
+        except OSError as error:
+            raise ConnectError(
+                f"cannot connect to {host}:{port}: {error.strerror or error}; is the peer running?"
+            ) from error
+
+    async def listen(self, host: str, port: int, accept: Callable[[TcpStream], None]) -> TcpListener:
+        loop = asyncio.get_running_loop()
+        infos = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, _, address = infos[0]
+        sock = socket.socket(family, kind, proto)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _size_buffers(sock, self.options)
+            sock.bind(address)
+            sock.listen(self.options.backlog)
+            return TcpListener(sock, loop, self.options, accept)
+        except OSError as error:
+            sock.close()
+            hint = ""
+            if error.errno == errno.EADDRINUSE:
+                hint = "; another process has this port: choose another, or 0 for any free one"
+            elif error.errno == errno.EACCES:
+                hint = "; ports below 1024 need a privilege"
+            raise ConfigError(f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}{hint}") from error
+
+
+def _size_buffers(sock: socket.socket, options: TcpOptions) -> None:
+    # Before connect and listen: the window scale is agreed on in the handshake.
+    if options.send_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options.send_buffer)
+    if options.recv_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, options.recv_buffer)
+
+
+def tune(sock: socket.socket, options: TcpOptions) -> None:
+    """Apply ``options`` to a TCP socket; a congestion control the system does not allow is left as it is."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if options.congestion is not None and hasattr(socket, "TCP_CONGESTION"):
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, options.congestion.encode())
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EPERM):
+                raise
+
+
+def congestion_of(sock_or_fd: socket.socket) -> str:
+    """The congestion control a TCP socket runs, "unknown" where the system does not say."""
+    if not hasattr(socket, "TCP_CONGESTION"):
+        return "unknown"
+    return sock_or_fd.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+
+
+def _address(name: object) -> str:
+    if isinstance(name, tuple):
+        host, port = name[0], name[1]
+        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    return str(name) or "unnamed"

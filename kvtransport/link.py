@@ -1,0 +1,414 @@
+"""A link: all connections between two processes.
+
+The link routes frames to transfers and calls, hands chunks to whichever connection can send, and watches
+that the peer is alive. It does not know TCP: its connections run over any :class:`~kvtransport.io.base.ByteStream`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .buffers import PageList
+from .connection import Connection, OutFrame
+from .errors import (
+    DeadlineError,
+    Fault,
+    KVError,
+    LimitError,
+    PeerFrozenError,
+    PeerLostError,
+    ProtocolError,
+    RemoteError,
+)
+from .flow.keepalive import Keepalive, Verdict
+from .flow.turns import Turns
+from .manifest import Manifest
+from .receiver import Receiver
+from .sender import Sender
+from .wire import bodies
+from .wire.frames import Flag, FrameType, Header, decode_control, encode_control
+from .wire.state import ConnectionMachine, ConnectionState
+
+if TYPE_CHECKING:
+    from .endpoint import Endpoint
+
+MAX_CALLS = 256
+"""Calls of a peer that run at once; more are refused."""
+MAX_REPEATED = 256
+"""Transfers that ended last and whose last word is repeated when a connection is lost."""
+MAX_FINISHED = 4_096
+"""Transfers that ended here and may still have frames on their way."""
+PUMP_ROUNDS = 4
+"""Frames per connection before the loop turns to reading."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTelemetry:
+    """What a link knows of itself. Sizes in bytes since the link was made, times in seconds."""
+
+    peer: str
+    connections: int
+    sent_bytes: int
+    received_bytes: int
+    unsent_bytes: int
+    """Taken by the operating system and not acknowledged by the peer."""
+    spilled_bytes: int
+    """In transfer-cache blocks of this process now."""
+    outgoing: int
+    incoming: int
+    rtt_s: float | None
+
+
+class Link:
+    """Made by :meth:`kvtransport.endpoint.Endpoint.connect`, or by a peer that dials in."""
+
+    def __init__(self, endpoint: Endpoint, link_id: bytes, hello: bodies.Hello, peer: str, *, dialled: bool) -> None:
+        self._endpoint = endpoint
+        self._loop = asyncio.get_running_loop()
+        self.id = link_id
+        self.peer = peer
+        self.peer_name = hello.name
+        self.peer_incarnation = hello.incarnation
+        self.dialled = dialled
+        self.wanted = hello.count
+        self.connections: list[Connection] = []
+        self.error: KVError | None = None
+        self._machines: dict[Connection, ConnectionMachine] = {}
+        self._closed: asyncio.Future[None] = self._loop.create_future()
+        self._outgoing: dict[bytes, Sender] = {}
+        self._incoming: dict[bytes, Receiver] = {}
+        self._finished: OrderedDict[bytes, bytes | None] = OrderedDict()
+        self._turns: Turns[Sender] = Turns()
+        self._calls: dict[int, tuple[asyncio.Future[dict[str, Any]], Connection | None]] = {}
+        self._next_call = 0
+        self._serving: set[asyncio.Task[None]] = set()
+        self._pumping = False
+        self._sent_before = 0
+        self._received_before = 0
+        config = endpoint.config
+        self._keepalive = Keepalive(config.keepalive_s, config.dead_after_s)
+        self._watch = self._loop.call_later(self._keepalive.poll_s, self._judge)
+
+    # -- public --------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.done()
+
+    async def wait_closed(self) -> KVError | None:
+        """Wait until the link has ended; returns why (None: closed by this side)."""
+        await asyncio.shield(self._closed)
+        return self.error
+
+    def open(
+        self,
+        manifest: Manifest,
+        *,
+        deadline_s: float = 60.0,
+        priority: int = 0,
+        chunk_bytes: int | None = None,
+        checksum: bool = True,
+    ) -> Sender:
+        """Open a transfer to the peer; returns at once, units may be handed over before it is accepted.
+
+        ``deadline_s``: the transfer fails with DeadlineError when it is not sealed by then. Raises the link's
+        error when the link has ended, ProtocolError when the transfer is open already.
+        """
+        self._check()
+        if manifest.transfer in self._outgoing:
+            raise ProtocolError(f"transfer {manifest.transfer.hex()} is open on this link already", fault=Fault.LOCAL)
+        config = self._endpoint.config
+        sender = Sender(
+            self,
+            manifest,
+            deadline_s=deadline_s,
+            priority=priority,
+            chunk_bytes=chunk_bytes or config.chunk_bytes,
+            checksum=checksum,
+            spill=config.spill,
+            area=self._endpoint.spill_area,
+        )
+        self._outgoing[manifest.transfer] = sender
+        return sender
+
+    async def call(
+        self, verb: str, args: Mapping[str, Any] | None = None, *, timeout_s: float = 10.0
+    ) -> dict[str, Any]:
+        """Call a verb of the peer. Raises the peer's error, DeadlineError, or the link's error."""
+        self._check()
+        self._next_call += 1
+        number = self._next_call
+        future: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        frame = encode_control(FrameType.CALL, bodies.Call(verb=verb, args=dict(args or {})), offset=number)
+        self._calls[number] = (future, self.send(frame))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            raise DeadlineError(f"{self.peer} did not answer {verb!r} within {timeout_s:g} s") from None
+        finally:
+            self._calls.pop(number, None)
+
+    def telemetry(self) -> LinkTelemetry:
+        live = [c for c in self.connections if not c.closed]
+        rtts = [r for r in (c.stream.rtt_s() for c in live) if r is not None]
+        return LinkTelemetry(
+            peer=self.peer,
+            connections=len(live),
+            sent_bytes=self._sent_before + sum(c.sent_bytes for c in live),
+            received_bytes=self._received_before + sum(c.received_bytes for c in live),
+            unsent_bytes=sum(c.stream.unsent_bytes() for c in live),
+            spilled_bytes=self._endpoint.spill_area.used_bytes,
+            outgoing=len(self._outgoing),
+            incoming=len(self._incoming),
+            rtt_s=min(rtts) if rtts else None,
+        )
+
+    async def close(self) -> None:
+        """Close all connections; transfers and calls in progress fail. Idempotent."""
+        self._end(None)
+        if self._serving:
+            await asyncio.wait(self._serving)
+
+    # -- connections ---------------------------------------------------------------------------
+
+    def join(self, connection: Connection, machine: ConnectionMachine) -> None:
+        """A connection whose handshake is done becomes part of the link."""
+        connection.owner = self
+        connection.last_heard = self._loop.time()
+        self.connections.append(connection)
+        self._machines[connection] = machine
+        self._schedule()
+
+    def lost(self, connection: Connection, error: KVError) -> None:
+        if connection in self.connections:
+            self.connections.remove(connection)
+        self._machines.pop(connection, None)
+        self._sent_before += connection.sent_bytes
+        self._received_before += connection.received_bytes
+        for receiver in list(self._incoming.values()):
+            receiver.on_connection_lost(connection)
+        if not self.connections:
+            self._end(error)
+            return
+        # Control frames may have been on it: whatever is still true is said again, all of it is idempotent.
+        for sender in list(self._outgoing.values()):
+            sender.on_connection_lost(connection)
+        for frame in list(self._finished.values())[-MAX_REPEATED:]:
+            if frame is not None:
+                self.send(frame)
+        # A call is not: whoever made it decides whether to make it again.
+        for future, on in self._calls.values():
+            if on is connection and not future.done():
+                future.set_exception(error)
+
+    def _judge(self) -> None:
+        now = self._loop.time()
+        for connection in list(self.connections):
+            connection.heard(now)
+            verdict = self._keepalive.judge(now, connection.last_heard, connection.last_ping)
+            if verdict is Verdict.PING:
+                connection.last_ping = now
+                connection.send_control(encode_control(FrameType.PING, offset=int(now * 1e6)))
+                self._schedule()
+            elif verdict is Verdict.DEAD:
+                silent = now - connection.last_heard
+                error = PeerFrozenError(
+                    f"{self.peer} has been silent for {silent:.1f} s although the connection stands: frozen, overloaded or cut off"
+                )
+                connection.fail(error, abort=True)
+        if not self.closed:
+            self._watch = self._loop.call_later(self._keepalive.poll_s, self._judge)
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def send(self, frame: bytes) -> Connection | None:
+        """Queue a control frame on the connection that is least busy; returns it, None when there is none."""
+        if not self.connections:
+            return None
+        connection = min(self.connections, key=lambda c: (c.blocked, c.sending is not None))
+        connection.send_control(frame)
+        self._schedule()
+        return connection
+
+    def has_work(self, sender: Sender) -> None:
+        if sender.transfer in self._outgoing and not self.closed:
+            self._turns.add(sender, sender.priority)
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._pumping and not self.closed:
+            self._pumping = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        ready = [c for c in self.connections if not c.blocked]
+        for _ in range(PUMP_ROUNDS):
+            # One frame each in turn: a small transfer is striped too, instead of filling the first socket.
+            ready = [c for c in ready if c.pump(1)]
+            if not ready:
+                return
+        self._schedule()
+
+    def next_data(self, connection: Connection) -> OutFrame | None:
+        while (sender := self._turns.next()) is not None:
+            frame = sender.next_data(connection)
+            if frame is not None:
+                return frame
+            self._turns.discard(sender)
+        return None
+
+    def sent_data(self, connection: Connection, frame: OutFrame) -> None:
+        """Nothing to do: a chunk is done when it is acknowledged."""
+
+    # -- receiving -----------------------------------------------------------------------------
+
+    def place_data(self, connection: Connection, header: Header) -> PageList:
+        receiver = self._incoming.get(header.transfer)
+        if receiver is not None:
+            return receiver.place_data(connection, header)
+        if header.transfer not in self._finished:
+            raise ProtocolError(f"data for transfer {header.transfer.hex()}, which was never accepted")
+        return PageList.scratch(header.length)
+
+    def data_done(self, connection: Connection, header: Header, verified: bool) -> None:
+        receiver = self._incoming.get(header.transfer)
+        if receiver is not None:
+            receiver.data_done(connection, header, verified)
+
+    def control(self, connection: Connection, header: Header, payload: bytes) -> None:
+        machine = self._machines[connection]
+        machine.receive(header)
+        if machine.state is not ConnectionState.READY and header.type is not FrameType.ERROR:
+            return
+        kind = header.type
+        if kind is FrameType.PING:
+            if not header.flags & Flag.REPLY:
+                connection.send_control(encode_control(FrameType.PING, offset=header.offset, flags=Flag.REPLY))
+                self._schedule()
+        elif kind is FrameType.CALL:
+            self._serve(connection, header, payload)
+        elif kind is FrameType.REPLY:
+            self._on_reply(header, payload)
+        elif kind is FrameType.OPEN:
+            body = decode_control(header, payload, verified=True)
+            assert isinstance(body, bodies.Open)
+            self._endpoint.on_open(self, header, body)
+        elif kind is FrameType.ERROR and not any(header.transfer):
+            body = decode_control(header, payload, verified=True)
+            assert isinstance(body, bodies.Error)
+            connection.fail(body.to_error(prefix=f"{self.peer} says: "))
+        elif (sender := self._outgoing.get(header.transfer)) is not None:
+            sender.on_frame(header, payload)
+        elif (receiver := self._incoming.get(header.transfer)) is not None:
+            receiver.on_frame(header, payload)
+        elif kind is FrameType.SEAL and (last := self._finished.get(header.transfer)) is not None:
+            self.send(last)
+        elif header.transfer not in self._finished and not self._endpoint.withdraw(self, header):
+            raise ProtocolError(f"{kind.name} for transfer {header.transfer.hex()}, which was never opened")
+
+    # -- transfers -----------------------------------------------------------------------------
+
+    def adopt(self, receiver: Receiver) -> None:
+        """Route this transfer's frames to ``receiver``."""
+        self._incoming[receiver.transfer] = receiver
+
+    def forget_sender(self, sender: Sender, last: bytes | None) -> None:
+        """``last``: the last word said to the consumer, if this side had it."""
+        self._turns.discard(sender)
+        if self._outgoing.pop(sender.transfer, None) is not None:
+            self.finish(sender.transfer, last)
+
+    def forget_receiver(self, receiver: Receiver, last: bytes | None) -> None:
+        """``last``: the last word said to the producer, if this side had it."""
+        if self._incoming.pop(receiver.transfer, None) is not None:
+            self.finish(receiver.transfer, last)
+
+    def finish(self, transfer: bytes, last: bytes | None = None) -> None:
+        """Frames of this transfer that are still on their way have no meaning any more."""
+        self._finished[transfer] = last
+        while len(self._finished) > MAX_FINISHED:
+            self._finished.popitem(last=False)
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def _serve(self, connection: Connection, header: Header, payload: bytes) -> None:
+        call = decode_control(header, payload, verified=True)
+        assert isinstance(call, bodies.Call)
+        if len(self._serving) >= MAX_CALLS:
+            self._reply(
+                header.offset,
+                LimitError(f"{MAX_CALLS} calls of this link are running; wait for answers", retryable=True),
+            )
+            return
+        task = self._loop.create_task(self._answer(connection, header.offset, call))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    async def _answer(self, connection: Connection, number: int, call: bodies.Call) -> None:
+        handler = self._endpoint.handlers.get(call.verb)
+        try:
+            if handler is None:
+                raise ProtocolError(f"this peer has no verb {call.verb!r}")
+            result = await handler(self, call.args)
+            self._send_reply(connection, number, bodies.Reply(ok=True, result=result))
+        except KVError as error:
+            self._reply(connection, number, error)
+        except Exception as error:  # noqa: BLE001  a bug in a handler must reach the caller, not hang it
+            self._reply(
+                connection,
+                number,
+                RemoteError(f"{call.verb!r} failed: {type(error).__name__}: {error}", fault=Fault.LOCAL),
+            )
+            self._loop.call_exception_handler({"message": f"handler of {call.verb!r} failed", "exception": error})
+
+    def _reply(self, connection: Connection, number: int, error: KVError) -> None:
+        self._send_reply(connection, number, bodies.Reply(ok=False, error=bodies.Error.of(error)))
+
+    def _send_reply(self, connection: Connection, number: int, reply: bodies.Reply) -> None:
+        # On the connection the call came by: when that is lost, the caller knows that the answer is.
+        connection.send_control(encode_control(FrameType.REPLY, reply, offset=number))
+        self._schedule()
+
+    def _on_reply(self, header: Header, payload: bytes) -> None:
+        future, _ = self._calls.get(header.offset, (None, None))
+        if future is None or future.done():
+            return  # the caller gave up
+        reply = decode_control(header, payload, verified=True)
+        assert isinstance(reply, bodies.Reply)
+        if reply.error is not None:
+            future.set_exception(reply.error.to_error(prefix=f"{self.peer}: "))
+        else:
+            future.set_result(reply.result or {})
+
+    # -- ending --------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.closed:
+            raise self.error or PeerLostError("this link was closed by this side", fault=Fault.LOCAL)
+
+    def _end(self, error: KVError | None) -> None:
+        if self.closed:
+            return
+        self.error = error
+        self._closed.set_result(None)
+        self._watch.cancel()
+        why = error or PeerLostError("this link was closed by this side", fault=Fault.LOCAL)
+        for connection in list(self.connections):
+            connection.flush()
+            connection.fail(why)
+        for sender in list(self._outgoing.values()):
+            sender.on_link_lost(why)
+        for receiver in list(self._incoming.values()):
+            receiver.on_link_lost(why)
+        for future, _ in self._calls.values():
+            if not future.done():
+                future.set_exception(why)
+        for task in self._serving:
+            task.cancel()
+        self._endpoint.forget_link(self)

@@ -1,0 +1,474 @@
+"""The consumer's side of a transfer: grants memory, verifies, acknowledges what is applied.
+
+A chunk's destination is *claimed* by the connection whose header came first; any other copy drains into
+scratch. A copy of a later attempt voids the claim before it may write. Cancelling voids all claims, and since a
+receive never leaves the event loop half done, nothing writes to granted memory once that returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .buffers import PageList
+from .connection import Connection
+from .errors import (
+    DeadlineError,
+    DestinationError,
+    Fault,
+    IntegrityError,
+    KVError,
+    ManifestError,
+    ProtocolError,
+    RefusedError,
+    TransferCancelledError,
+    TransferError,
+)
+from .flow.credit import ReceiverCredit
+from .layout import CacheLayout
+from .manifest import Manifest
+from .transfer import LayerTimes, TransferStats
+from .wire import bodies
+from .wire.frames import Flag, FrameType, Header, decode_control, encode_control
+from .wire.ranges import RangeSet
+from .wire.state import TransferEvent, TransferMachine, TransferRole
+
+if TYPE_CHECKING:
+    from .endpoint import Endpoint
+    from .link import Link
+
+Grant = Callable[[Manifest], Mapping[tuple[int, int], PageList]]
+"""Names the destination of every (layer, tensor) of an accepted manifest; may raise any KVError to refuse it."""
+
+MAX_RESENDS = 1
+"""A corrupt chunk is asked for again this often; then the transfer fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a consumer accepts.
+
+    ``layout``: the manifest must fit it (None: flat objects, or the grant checks itself). ``window_bytes``
+    bounds what is granted and not yet applied. ``on_range(layer, tensor, start, stop)`` runs after a
+    range was verified; ``on_seal()`` runs before the seal is acknowledged and may raise to refuse it.
+    """
+
+    grant: Grant
+    layout: CacheLayout | None = None
+    block_tokens: int = 0
+    deadline_s: float = 60.0
+    window_bytes: int = 64 << 20
+    chunk_bytes: int = 16 << 20
+    allow_unchecked: bool = False
+    on_range: Callable[[int, int, int, int], None] | None = None
+    on_seal: Callable[[], None] | None = None
+    on_end: Callable[[KVError | None], None] | None = None
+
+
+@dataclass(slots=True)
+class _Claim:
+    layer: int
+    tensor: int
+    start: int
+    stop: int
+    attempt: int
+
+
+class Receiver:
+    """One incoming transfer; made by :meth:`kvtransport.endpoint.Endpoint.expect`.
+
+    Implements :class:`kvtransport.transfer.IncomingTransfer`. Belongs to the endpoint's event loop.
+    """
+
+    def __init__(self, endpoint: Endpoint, transfer: bytes, wanted: Expectation) -> None:
+        self._endpoint = endpoint
+        self._loop = asyncio.get_running_loop()
+        self.transfer = transfer
+        self._wanted = wanted
+        self._machine = TransferMachine(TransferRole.RECEIVER)
+        self._link: Link | None = None
+        self._manifest: Manifest | None = None
+        self._granted: dict[tuple[int, int], PageList] = {}
+        self._ranges: dict[tuple[int, int], RangeSet] = {}
+        self._claims: dict[Connection, _Claim] = {}
+        self._credit = ReceiverCredit(0, 1)
+        self._chunk_bytes = wanted.chunk_bytes
+        self._last: bytes | None = None
+        self._left: dict[int, int] = {}
+        self._left_total = 0
+        self._resent: dict[tuple[int, int, int], int] = {}
+        self._acks: list[tuple[int, int, int, int]] = []
+        self._seal: bodies.Seal | None = None
+        self._completed: list[int] = []
+        self._error: KVError | None = None
+        self._opened: asyncio.Future[Manifest] = self._loop.create_future()
+        self._finished: asyncio.Future[None] = self._loop.create_future()
+        self._layers: dict[int, asyncio.Future[None]] = {}
+        self._progress: asyncio.Future[None] = self._loop.create_future()
+        self._opened.add_done_callback(_observed)
+        self._finished.add_done_callback(_observed)
+        self._stats = TransferStats()
+        self._timer = self._loop.call_later(wanted.deadline_s, self._expired)
+
+    # -- IncomingTransfer ----------------------------------------------------------------------
+
+    @property
+    def manifest(self) -> Manifest:
+        if self._manifest is None:
+            raise self._error or TransferError("the producer has not opened this transfer yet")
+        return self._manifest
+
+    @property
+    def stats(self) -> TransferStats:
+        return self._stats
+
+    @property
+    def error(self) -> KVError | None:
+        return self._error
+
+    @property
+    def waiting(self) -> bool:
+        """Whether no producer has opened this transfer yet."""
+        return self._link is None and self._error is None
+
+    async def opened(self) -> Manifest:
+        """Wait for the producer's OPEN. Raises the transfer's error."""
+        return await asyncio.shield(self._opened)
+
+    async def layer(self, layer: int) -> None:
+        manifest = await self.opened()
+        if layer not in manifest.by_layer:
+            raise ManifestError(f"layer {layer} is not in the manifest of this transfer", fault=Fault.LOCAL)
+        if self._left[layer] == 0:
+            return
+        if self._error is not None:
+            raise self._error
+        future = self._layers.get(layer)
+        if future is None:
+            future = self._layers[layer] = self._loop.create_future()
+            future.add_done_callback(_observed)
+        await asyncio.shield(future)
+
+    async def layers(self) -> AsyncIterator[int]:
+        manifest = await self.opened()
+        seen = 0
+        while seen < len(manifest.by_layer):
+            while seen < len(self._completed):
+                yield self._completed[seen]
+                seen += 1
+            if seen == len(manifest.by_layer):
+                return
+            if self._error is not None:
+                raise self._error
+            await asyncio.shield(self._progress)
+
+    async def sealed(self) -> None:
+        await asyncio.shield(self._finished)
+
+    async def cancel(self, reason: str = "") -> None:
+        if not self._finished.done():
+            said = reason or "no reason given"
+            if self._link is not None:
+                self._machine.fire(TransferEvent.SEND_CANCEL)
+                self._send(FrameType.CANCEL, bodies.Cancel(reason=bodies.clip(reason)))
+            self._end(TransferCancelledError(f"cancelled by this side: {said}"))
+
+    # -- opening -------------------------------------------------------------------------------
+
+    def on_open(self, link: Link, header: Header, body: bodies.Open) -> None:
+        """The producer's OPEN: check the manifest, get the destinations, grant credit."""
+        if self._link is not None and self._link is not link:
+            error = RefusedError("this transfer was opened by another peer already", fault=Fault.LOCAL)
+            link.send(encode_control(FrameType.ERROR, bodies.Error.of(error), transfer=self.transfer))
+            return
+        self._link = link
+        self._machine.fire(TransferEvent.RECV_OPEN)
+        if self._manifest is not None:
+            return
+        try:
+            manifest = Manifest.decode(body.manifest)
+            self._check(manifest, body)
+            granted = dict(self._wanted.grant(manifest))
+            self._check_grant(manifest, granted)
+        except KVError as error:
+            self.fail(error)
+            return
+        self._manifest = manifest
+        self._granted = granted
+        self._ranges = {slot: RangeSet() for slot in manifest.by_slot}
+        self._left = {layer: sum(e.nbytes for e in es) for layer, es in manifest.by_layer.items()}
+        self._left_total = manifest.total_bytes
+        self._credit = ReceiverCredit(manifest.total_bytes, self._wanted.window_bytes)
+        self._stats.total_bytes = manifest.total_bytes
+        self._stats.opened_s = self._loop.time()
+        self._stats.layers = {layer: LayerTimes() for layer in manifest.layers}
+        self._machine.fire(TransferEvent.SEND_ACCEPT)
+        accept = bodies.Accept(credit=self._credit.granted, chunk_bytes=min(body.chunk_bytes, self._wanted.chunk_bytes))
+        self._send(FrameType.ACCEPT, accept)
+        self._opened.set_result(manifest)
+        for layer, left in self._left.items():
+            if left == 0:
+                self._layer_complete(layer)
+
+    def _check(self, manifest: Manifest, body: bodies.Open) -> None:
+        if manifest.transfer != self.transfer:
+            raise ManifestError("the manifest names another transfer than its OPEN")
+        if body.checksum == "none" and not self._wanted.allow_unchecked:
+            raise RefusedError("the producer wants to send without checksums and this side did not allow it")
+        if self._wanted.layout is not None:
+            manifest.check(self._wanted.layout, block_tokens=self._wanted.block_tokens)
+
+    @staticmethod
+    def _check_grant(manifest: Manifest, granted: Mapping[tuple[int, int], PageList]) -> None:
+        for slot, extent in manifest.by_slot.items():
+            pages = granted.get(slot)
+            if pages is None:
+                raise DestinationError(f"no destination for layer {slot[0]} tensor {slot[1]} ({extent.nbytes} bytes)")
+            if pages.nbytes < extent.nbytes:
+                raise DestinationError(
+                    f"the destination of layer {slot[0]} tensor {slot[1]} holds {pages.nbytes} bytes, the transfer has {extent.nbytes}"
+                )
+            if pages.readonly:
+                raise DestinationError(f"the destination of layer {slot[0]} tensor {slot[1]} is read-only memory")
+
+    # -- data ----------------------------------------------------------------------------------
+
+    def place_data(self, connection: Connection, header: Header) -> PageList:
+        """Claim the destination of a chunk for ``connection``, or scratch."""
+        slot = (header.layer, header.tensor)
+        start, stop = header.offset, header.offset + header.length
+        pages = self._granted.get(slot)
+        if pages is None or self._error is not None or self._finished.done():
+            if self._error is None and not self._finished.done():
+                self.fail(
+                    ProtocolError(f"data for layer {header.layer} tensor {header.tensor}, which is not in the manifest")
+                )
+            return PageList.scratch(header.length)
+        extent = self.manifest.by_slot[slot]
+        if stop > extent.nbytes:
+            self.fail(
+                ProtocolError(
+                    f"data for bytes {start}..{stop} of layer {slot[0]} tensor {slot[1]}, which has {extent.nbytes} bytes"
+                )
+            )
+            return PageList.scratch(header.length)
+        if header.flags & Flag.NO_CHECKSUM and not self._wanted.allow_unchecked:
+            self.fail(ProtocolError("a chunk without checksum in a transfer that was opened with checksums"))
+            return PageList.scratch(header.length)
+        times = self._stats.layers[header.layer]
+        if times.first_byte_s is None:
+            times.first_byte_s = self._loop.time()
+        missing = self._ranges[slot].missing(start, stop)
+        if missing and missing != [(start, stop)]:
+            # Writing it would put unverified bytes over verified ones.
+            self.fail(
+                ProtocolError(
+                    f"data for bytes {start}..{stop} of layer {slot[0]} tensor {slot[1]} overlaps what was applied"
+                )
+            )
+            return PageList.scratch(header.length)
+        if not missing or not self._win(slot, start, stop, header.sequence):
+            self._stats.duplicate_bytes += header.length
+            return PageList.scratch(header.length)
+        self._claims[connection] = _Claim(*slot, start, stop, header.sequence)
+        return pages.slice(start, stop)
+
+    def _win(self, slot: tuple[int, int], start: int, stop: int, attempt: int) -> bool:
+        """Whether a new copy may have the destination; voids the claims of earlier attempts if so."""
+        rivals = [
+            (connection, claim)
+            for connection, claim in self._claims.items()
+            if (claim.layer, claim.tensor) == slot and claim.start < stop and start < claim.stop
+        ]
+        if any(claim.attempt >= attempt for _, claim in rivals):
+            return False
+        for connection, _ in rivals:
+            del self._claims[connection]
+            connection.void_incoming()
+        return True
+
+    def data_done(self, connection: Connection, header: Header, verified: bool) -> None:
+        claim = self._claims.pop(connection, None)
+        if self._error is not None or self._finished.done():
+            return
+        slot, start, stop = (header.layer, header.tensor), header.offset, header.offset + header.length
+        if claim is None:
+            # A copy of what is there already (or is being received elsewhere): say again what is applied.
+            if verified and self._ranges[slot].contains(start, stop):
+                self._ack(*slot, start, stop)
+            return
+        if not verified:
+            self._corrupt(header)
+            return
+        new = self._ranges[slot].add(start, stop)
+        self._stats.chunks += 1
+        self._stats.moved_bytes += new
+        if not header.flags & Flag.NO_CHECKSUM:
+            self._stats.checksums_verified += 1
+        self._ack(*slot, start, stop)
+        limit = self._credit.applied(new)
+        if limit is not None:
+            self._machine.fire(TransferEvent.SEND_CREDIT)
+            self._link_send(encode_control(FrameType.CREDIT, transfer=self.transfer, offset=limit))
+        if self._wanted.on_range is not None:
+            self._wanted.on_range(*slot, start, stop)
+        self._left_total -= new
+        left = self._left[header.layer] = self._left[header.layer] - new
+        if left == 0:
+            self._layer_complete(header.layer)
+        if self._left_total == 0:
+            self._try_seal()
+
+    def _corrupt(self, header: Header) -> None:
+        self._stats.corrupt_chunks += 1
+        key = (header.layer, header.tensor, header.offset)
+        times = self._resent.get(key, 0)
+        if times >= MAX_RESENDS:
+            self.fail(
+                IntegrityError(
+                    f"layer {header.layer} tensor {header.tensor}, {header.length} bytes at offset {header.offset}: "
+                    f"checksum failed {times + 1} times; something on the path changes bytes"
+                )
+            )
+            return
+        self._resent[key] = times + 1
+        self._machine.fire(TransferEvent.SEND_RESUME)
+        ranges = bodies.byte_ranges([(header.layer, header.tensor, header.offset, header.offset + header.length)])
+        self._send(FrameType.RESUME, bodies.Resume(ranges=ranges))
+
+    def _ack(self, layer: int, tensor: int, start: int, stop: int) -> None:
+        if not self._acks:
+            # One frame for everything that was applied in this turn of the loop.
+            self._loop.call_soon(self._flush_acks)
+        self._acks.append((layer, tensor, start, stop))
+
+    def _flush_acks(self) -> None:
+        acks, self._acks = self._acks, []
+        if not acks or not self._machine.allows(TransferEvent.SEND_ACK):
+            return
+        self._machine.fire(TransferEvent.SEND_ACK)
+        for at in range(0, len(acks), bodies.MAX_RANGES):
+            self._send(FrameType.ACK, bodies.Ack(ranges=bodies.byte_ranges(acks[at : at + bodies.MAX_RANGES])))
+
+    def _layer_complete(self, layer: int) -> None:
+        self._stats.layers[layer].applied_s = self._loop.time()
+        self._completed.append(layer)
+        future = self._layers.pop(layer, None)
+        if future is not None:
+            future.set_result(None)
+        self._wake()
+
+    def _wake(self) -> None:
+        progress, self._progress = self._progress, self._loop.create_future()
+        progress.set_result(None)
+
+    # -- sealing and ending --------------------------------------------------------------------
+
+    def on_frame(self, header: Header, payload: bytes) -> None:
+        """A control frame of this transfer, other than OPEN."""
+        self._machine.fire(TransferEvent.received(header))
+        body = decode_control(header, payload, verified=True)
+        match body:
+            case bodies.Seal():
+                self._seal = body
+                self._try_seal()
+            case bodies.Cancel(reason=reason):
+                said = reason or "no reason given"
+                self._end(TransferCancelledError(f"cancelled by the producer: {said}", fault=Fault.REMOTE))
+            case bodies.Error():
+                self._end(body.to_error(prefix="the producer says: "))
+            case _:
+                raise ProtocolError(f"{header.type.name} is not for the consumer of a transfer")
+
+    def _try_seal(self) -> None:
+        if self._seal is None or self._finished.done() or self._left_total:
+            return
+        if self._seal.digest != self.manifest.digest or self._seal.total_bytes != self.manifest.total_bytes:
+            self.fail(ManifestError("the seal does not repeat the manifest that this transfer was opened with"))
+            return
+        try:
+            if self._wanted.on_seal is not None:
+                self._wanted.on_seal()
+        except KVError as error:
+            self.fail(error)
+            return
+        self._flush_acks()
+        self._machine.fire(TransferEvent.SEND_ACK_FINAL)
+        self._link_send(encode_control(FrameType.ACK, bodies.Ack(ranges=()), transfer=self.transfer, flags=Flag.FINAL))
+        self._stats.sealed_s = self._loop.time()
+        self._finished.set_result(None)
+        self._cleanup(None)
+
+    def on_connection_lost(self, connection: Connection) -> None:
+        """Its claim is void; what is granted and applied is said again, since frames saying so may be lost."""
+        self._claims.pop(connection, None)
+        if self._manifest is None or not self._machine.allows(TransferEvent.SEND_ACCEPT):
+            return
+        self._send_accept()
+        for slot, ranges in self._ranges.items():
+            for start, stop in ranges:
+                self._ack(*slot, start, stop)
+
+    def on_link_lost(self, error: KVError) -> None:
+        self._end(error)
+
+    def _expired(self) -> None:
+        if self._link is None:
+            what = "no producer opened it"
+        else:
+            what = f"{self._stats.moved_bytes} of {self._stats.total_bytes} bytes came from {self._link.peer}"
+        self.fail(DeadlineError(f"not sealed within {self._wanted.deadline_s:g} s: {what}"))
+
+    def fail(self, error: KVError) -> None:
+        """End with ``error`` and tell the producer. Idempotent."""
+        if self._finished.done():
+            return
+        if self._link is not None and self._machine.allows(TransferEvent.SEND_ERROR):
+            self._machine.fire(TransferEvent.SEND_ERROR)
+            self._send(FrameType.ERROR, bodies.Error.of(error))
+        self._end(error)
+
+    def _end(self, error: KVError) -> None:
+        if self._finished.done():
+            return
+        self._error = error
+        self._finished.set_exception(error)
+        if not self._opened.done():
+            self._opened.set_exception(error)
+        for future in self._layers.values():
+            future.set_exception(error)
+        self._layers.clear()
+        self._cleanup(error)
+        self._wake()
+
+    def _cleanup(self, error: KVError | None) -> None:
+        self._timer.cancel()
+        for connection in list(self._claims):
+            connection.void_incoming()
+        self._claims.clear()
+        self._granted.clear()
+        self._endpoint.forget_receiver(self)
+        if self._link is not None:
+            self._link.forget_receiver(self, self._last if self._machine.terminal else None)
+        if self._wanted.on_end is not None:
+            self._wanted.on_end(error)
+
+    def _send_accept(self) -> None:
+        self._machine.fire(TransferEvent.SEND_ACCEPT)
+        self._send(FrameType.ACCEPT, bodies.Accept(credit=self._credit.granted, chunk_bytes=self._chunk_bytes))
+
+    def _send(self, kind: FrameType, body: bodies.Body) -> None:
+        self._link_send(encode_control(kind, body, transfer=self.transfer))
+
+    def _link_send(self, frame: bytes) -> None:
+        self._last = frame
+        if self._link is not None:
+            self._link.send(frame)
+
+
+def _observed(future: asyncio.Future[None] | asyncio.Future[Manifest]) -> None:
+    # Failure is reported by every call of the transfer; nobody may be waiting right now.
+    if not future.cancelled():
+        future.exception()

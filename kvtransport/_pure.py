@@ -74,8 +74,6 @@ class _Pages:
         if len(bad):
             i = int(bad[0])
             raise ValueError(f"piece {i}: offset {offsets[i]}, length {lengths[i]} does not fit a base of {size} bytes")
-        if len(pieces) * size > sys.maxsize and sum(lengths.tolist()) > sys.maxsize:
-            raise ValueError(f"piece {len(pieces) - 1}: the pieces add up to more than 2^63-1 bytes")
         return pieces
 
     def runs(self, start: int, stop: int) -> Iterator[memoryview]:

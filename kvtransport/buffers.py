@@ -407,8 +407,6 @@ def _checked(pieces: npt.ArrayLike | Iterable[tuple[int, int]], size: int) -> np
     if len(bad):
         i = int(bad[0])
         raise KVBufferError(f"piece {i}: offset {offsets[i]}, length {lengths[i]} does not fit a base of {size} bytes")
-    if len(checked) * size >= 1 << 63 and sum(lengths.tolist()) >= 1 << 63:
-        raise KVBufferError("the pieces add up to more than 2^63-1 bytes")
     return checked if lengths.all() else checked[lengths != 0]
 
 

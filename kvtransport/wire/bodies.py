@@ -6,7 +6,7 @@ type or a value out of bounds is a :class:`~kvtransport.errors.ProtocolError` na
 
 Every length is bounded: the payload by :class:`~kvtransport.wire.frames.Limits` before it is read, every
 container by the bytes that are there (msgspec allocates for what it has read, not for what a length field
-claims), nesting by :data:`MAX_DEPTH`.
+claims), free-form bodies by :data:`MAX_DEPTH` and :data:`MAX_CONTAINERS`.
 
 Constructing a body does not check the types of its fields; encoding it into a frame does, because
 :func:`kvtransport.wire.frames.encode_control` decodes what it is about to send.
@@ -21,10 +21,14 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias, TypeVar
 
 import msgspec
 
-from kvtransport.errors import Fault, IncarnationError, KVError, ProtocolError, error_from_dict
+from kvtransport.errors import Fault, IncarnationError, KVError, LimitError, ProtocolError, error_from_dict
+from kvtransport.wire.scan import more_containers_than
 
 MAX_DEPTH = 16
 """Levels of lists and maps in the ``args`` of a CALL and the ``result`` of a REPLY, the outermost included."""
+
+MAX_CONTAINERS = 65536
+"""Lists and maps in one CALL or REPLY."""
 
 MAX_RANGES = 8192
 """Ranges in one ACK or RESUME: in their largest encoding (25 bytes each) they still fit 256 KiB."""
@@ -264,8 +268,13 @@ def encode_body(body: Body | Mapping[str, Any]) -> bytes:
 def decode_body(kind: type[AnyBody], payload: bytes | bytearray | memoryview) -> AnyBody:
     """Decode and validate one body. ``payload`` must hold exactly one msgpack map.
 
-    Raises :class:`ProtocolError` naming the offending key.
+    Raises :class:`ProtocolError` naming the offending key, :class:`LimitError` for a CALL or REPLY of too many
+    lists and maps.
     """
+    if kind in (Call, Reply) and more_containers_than(MAX_CONTAINERS, payload):
+        raise LimitError(
+            f"{kind.__name__} body holds more than {MAX_CONTAINERS} lists and maps: send fewer, flatter ones"
+        )
     try:
         return msgspec.msgpack.decode(payload, type=kind)
     except RecursionError as exc:

@@ -12,6 +12,7 @@ from kvtransport.errors import (
     Fault,
     IncarnationError,
     KVError,
+    LimitError,
     ProtocolError,
     RefusedError,
     RemoteError,
@@ -19,6 +20,7 @@ from kvtransport.errors import (
 )
 from kvtransport.wire import bodies
 from kvtransport.wire.bodies import (
+    MAX_CONTAINERS,
     MAX_DEPTH,
     MAX_RANGES,
     MAX_TEXT,
@@ -210,6 +212,31 @@ def test_a_claimed_length_allocates_nothing(kind, header):
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "element", [b"\x90", b"\x80", b"\x81\xa1k\xc0", b"\xdc\x00\x00", b"\xdf\x00\x00\x00\x00"], ids=bytes.hex
+)
+def test_a_flood_of_containers_is_refused_before_it_is_built(element):
+    def flood(count: int) -> bytes:
+        return b"\x82\xa4verb\xa1v\xa4args\x81\xa1k\xdd" + count.to_bytes(4, "big") + element * count
+
+    most = MAX_CONTAINERS - 3  # the body, args and the list itself are containers too
+    assert len(decode_body(Call, flood(most)).args["k"]) == most
+    tracemalloc.start()
+    try:
+        with pytest.raises(LimitError, match="more than 65536 lists and maps"):
+            decode_body(Call, flood(most + 1))
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_bytes_that_look_like_containers_are_none():
+    """Content of strings, bytes and numbers must not be counted, whatever it is: no refusal by chance."""
+    args = {"bin": [b"\x90" * size for size in (31, 255, 65535, 1 << 20)], "str": ["\u0750" * 300, "\u0750" * 40000]}
+    args |= {"numbers": [0x90909090, 0x9090, 0x90, -0x6F6F6F6F6F6F6F6F, 1.5]}
+    assert decode_body(Call, encode_body(Call(verb="v", args=args))).args == args
 
 
 def test_the_most_ranges_fit_their_frame():

@@ -95,6 +95,7 @@ def test_hex_example_is_the_golden_vector():
 def test_bounds_table():
     assert f"| {bodies.MAX_RANGES} |" in PAGE
     assert f"| levels of lists and maps in CALL and REPLY | {bodies.MAX_DEPTH} |" in PAGE
+    assert f"| lists and maps in one CALL or REPLY | {bodies.MAX_CONTAINERS} |" in PAGE
     assert f"| {RangeSet().max_ranges} by default |" in PAGE
     assert bodies.MAX_OFFSET == 2**63 - 1
     assert set(Limits.__dataclass_fields__) == {

@@ -1,0 +1,247 @@
+"""Flat objects: bytes under a key, without parent or position. They rank by recency beside blocks and states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvtransport.buffers import PageList
+from kvtransport.errors import DeadlineError, KVError, TransferCancelledError, TransferError
+from kvtransport.manifest import Manifest
+
+from .arena import Slab
+from .lru import BLOCKED, Lru
+from .placement import Slot
+from .put import PutState
+
+if TYPE_CHECKING:
+    from .core import PoolCore
+
+_SLOTS_PER_LAYER = 64
+
+
+def slot_of(index: int) -> Slot:
+    """(layer, tensor) of object ``index`` on the wire, as :meth:`Manifest.of_objects` numbers them."""
+    return divmod(index, _SLOTS_PER_LAYER)
+
+
+@dataclass(slots=True, eq=False)
+class FlatEntry:
+    """One object. ``checksum`` is xxh3_64 of its bytes."""
+
+    key: bytes
+    slab: Slab
+    checksum: int
+    number: int = 0
+    touch: int = 0
+    pins: int = 0
+    queued: bool = False
+    gone: bool = False
+
+
+class FlatShelf:
+    """The flat objects of one tenant."""
+
+    def __init__(self, tenant: str, lru: Lru, free: Callable[[list[Slab]], None]) -> None:
+        self.tenant = tenant
+        self.unpinned_pages = 0
+        self.pages = 0
+        self.evictions = 0
+        self.number = lru.add(self)
+        self._lru, self._free = lru, free
+        self._by_key: dict[bytes, FlatEntry] = {}
+        self._by_number: dict[int, FlatEntry] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._by_key
+
+    def get(self, key: bytes) -> FlatEntry | None:
+        """The object under ``key``, now the most recently used."""
+        entry = self._by_key.get(key)
+        if entry is not None:
+            entry.touch = self._lru.tick()
+        return entry
+
+    def put(self, key: bytes, slab: Slab, checksum: int) -> None:
+        """Store an object in the place of any older one."""
+        self.drop(key)
+        entry = FlatEntry(key, slab, checksum, self._next, self._lru.tick())
+        self._next += 1
+        self._by_key[key] = self._by_number[entry.number] = entry
+        self.pages += len(slab.pages)
+        self.unpinned_pages += len(slab.pages)
+        self._offer(entry)
+
+    def drop(self, key: bytes) -> bool:
+        """Forget ``key``; its memory goes when nobody reads it any more."""
+        entry = self._by_key.pop(key, None)
+        if entry is None:
+            return False
+        del self._by_number[entry.number]
+        entry.gone = True
+        self.pages -= len(entry.slab.pages)
+        if not entry.pins:
+            self.unpinned_pages -= len(entry.slab.pages)
+            self._free([entry.slab])
+        if entry.queued:
+            self._lru.forget(self.tenant, 1)
+        return True
+
+    def clear(self) -> int:
+        """Forget everything that is not being read."""
+        keys = [k for k, e in self._by_key.items() if not e.pins]
+        for key in keys:
+            self.drop(key)
+        return len(keys)
+
+    def pin(self, entry: FlatEntry) -> None:
+        entry.pins += 1
+        if entry.pins == 1 and not entry.gone:
+            self.unpinned_pages -= len(entry.slab.pages)
+
+    def unpin(self, entry: FlatEntry) -> None:
+        entry.pins -= 1
+        if entry.pins:
+            return
+        if entry.gone:
+            self._free([entry.slab])
+        else:
+            self.unpinned_pages += len(entry.slab.pages)
+            self._offer(entry)
+
+    # -- as a shelf of the LRU -------------------------------------------------------------------
+
+    def check(self, unit: int, node: int, generation: int) -> int:
+        entry = self._by_number.get(node)
+        if entry is None:
+            return BLOCKED
+        if entry.pins:
+            entry.queued = False
+            return BLOCKED
+        return entry.touch
+
+    def evict(self, unit: int, node: int, why: str) -> None:
+        entry = self._by_number[node]
+        entry.queued = False
+        self.evictions += 1
+        self.drop(entry.key)
+
+    def _offer(self, entry: FlatEntry) -> None:
+        if not entry.queued:
+            entry.queued = True
+            self._lru.push(self.tenant, (entry.touch, self.number, 0, entry.number, 0))
+
+
+class FlatPut:
+    """Objects being written; see :meth:`kvpool.core.PoolCore.begin_put_flat`. States and ``on_failed`` as in :class:`kvpool.put.Put`."""
+
+    def __init__(self, core: PoolCore, shelf: FlatShelf, slabs: Mapping[bytes, Slab], deadline: float) -> None:
+        self.deadline = deadline
+        self.state = PutState.OPEN
+        self.error: KVError | None = None
+        self.on_failed: Callable[[KVError], None] | None = None
+        self.keys = tuple(slabs)
+        self.destinations: dict[Slot, PageList] = {
+            slot_of(i): core.arena.pages(slab) for i, slab in enumerate(slabs.values())
+        }
+        self._core, self._shelf, self._slabs = core, shelf, dict(slabs)
+
+    @property
+    def closed(self) -> bool:
+        return self.state in (PutState.COMMITTED, PutState.ABORTED)
+
+    def manifest(self, transfer: bytes) -> Manifest:
+        return Manifest.of_objects((s.nbytes for s in self._slabs.values()), transfer=transfer)
+
+    def commit(self, checksums: Mapping[bytes, int] | None = None) -> None:
+        """Make all objects visible at once, replacing older ones under the same keys.
+
+        ``checksums`` are xxh3_64 (seed 0) of the objects' bytes at their source; those not given are taken from what
+        is in the destinations. Raises TransferError when the put has ended.
+        """
+        if self.state is not PutState.OPEN:
+            raise self.error or TransferError(f"the put is {self.state}: it cannot be committed")
+        given = checksums or {}
+        for key, pages in zip(self.keys, self.destinations.values(), strict=True):
+            checksum = given[key] if key in given else pages.hash(0)
+            self._shelf.put(key, self._slabs[key], checksum)
+        self._end(PutState.COMMITTED)
+
+    def abort(self, error: KVError | None = None) -> None:
+        """Drop everything. Idempotent; does nothing after a commit."""
+        if self.closed:
+            return
+        self.error = self.error or error or TransferCancelledError("the put was aborted by its writer")
+        self._core._free(self._shelf.tenant, list(self._slabs.values()))
+        self._end(PutState.ABORTED)
+
+    def expire(self) -> None:
+        if self.state is PutState.OPEN:
+            self.error = DeadlineError(f"the put of {len(self.keys)} objects was not finished before its deadline")
+            self.state = PutState.FAILED
+            if self.on_failed is None:
+                self.abort()
+            else:
+                self.on_failed(self.error)
+
+    def _end(self, state: PutState) -> None:
+        self.state = state
+        self._slabs, self.destinations = {}, {}
+        self._core._closed()
+
+
+class FlatGet:
+    """Objects being read: ``entries[i]`` belongs to the i-th key asked for, None where it is not there.
+
+    ``sources`` and :meth:`manifest` hold the found ones, in order. They stay until :meth:`close`.
+    """
+
+    def __init__(
+        self, core: PoolCore, shelf: FlatShelf, entries: Iterable[FlatEntry | None], deadline: float
+    ) -> None:
+        self.deadline = deadline
+        self.error: KVError | None = None
+        self.on_failed: Callable[[KVError], None] | None = None
+        self.closed = False
+        self.entries = tuple(entries)
+        self._core, self._shelf = core, shelf
+        self._pinned = [e for e in self.entries if e is not None]
+        for entry in self._pinned:
+            shelf.pin(entry)
+        self.sources: dict[Slot, PageList] = {slot_of(i): core.arena.pages(e.slab) for i, e in enumerate(self._pinned)}
+
+    @property
+    def found(self) -> list[bool]:
+        return [e is not None for e in self.entries]
+
+    @property
+    def checksums(self) -> list[int]:
+        """xxh3_64 of each found object, as stored at its put."""
+        return [e.checksum for e in self.entries if e is not None]
+
+    def manifest(self, transfer: bytes) -> Manifest:
+        return Manifest.of_objects((p.nbytes for p in self.sources.values()), transfer=transfer)
+
+    def close(self) -> None:
+        """Give the sources up. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self.sources = {}
+        for entry in self._pinned:
+            self._shelf.unpin(entry)
+        self._pinned = []
+        self._core._closed()
+
+    def expire(self) -> None:
+        if not self.closed and self.error is None:
+            self.error = DeadlineError(f"the get of {len(self.entries)} objects was not finished before its deadline")
+            if self.on_failed is None:
+                self.close()
+            else:
+                self.on_failed(self.error)

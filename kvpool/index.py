@@ -1,0 +1,387 @@
+"""The prefix tree of one namespace: which blocks and states of which key chains are resident.
+
+Nodes are numbers, their properties columns of arrays; a hash table leads from key to node. What a node holds is
+kept per *unit*, which is what is evicted together: all full-attention groups are one unit, all recurrent groups
+are one (a checkpoint needs every state), every sliding group is its own (windows differ).
+
+Invariants:
+
+* A node with full-attention bytes has a parent with them: leaves go first, and with a full block goes everything else
+  its node holds, for it could never be restored.
+* An off-grid checkpoint (*tail*) is a node of its own under the block before it; its units come and go together.
+* Whoever pins anything of a node pins the full-attention unit of its whole path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtransport.layout import GroupKind
+
+from .arena import Slab
+from .errors import KeyChainError
+from .keys import KeyChain, Namespace
+from .lru import BLOCKED, GhostList, Lru
+from .match import Ghost, Tail, View, rules_of
+
+Nodes = NDArray[np.int32]
+Selection = list[tuple[int, Nodes]]
+"""(unit, nodes) pairs: what an operation touches or pins."""
+
+ROOT = -1
+_NO_NODES: Nodes = np.empty(0, dtype=np.int32)
+_FIND_STEP = 256
+
+
+class Tree:
+    """The index of ``ns``. ``free`` takes the slabs of what is evicted, ``clock`` gives seconds for ghosts."""
+
+    def __init__(
+        self,
+        ns: Namespace,
+        lru: Lru,
+        ghosts: GhostList,
+        free: Callable[[list[Slab]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.ns = ns
+        self.rules = rules_of(ns.layout)
+        self.unit_of: list[int] = []
+        """Unit of each group."""
+        self.units: list[list[int]] = []
+        """Groups of each unit."""
+        joint: dict[GroupKind, int] = {}
+        for group, rule in enumerate(self.rules):
+            if rule.kind not in joint or rule.kind is GroupKind.SLIDING:
+                joint[rule.kind] = len(self.units)
+                self.units.append([])
+            self.unit_of.append(joint[rule.kind])
+            self.units[joint[rule.kind]].append(group)
+        self.full: int | None = joint.get(GroupKind.FULL)
+        self.state: int | None = joint.get(GroupKind.RECURRENT)
+        self.number = lru.add(self)
+        self.unpinned_pages = 0
+        self.group_slabs = [0] * len(self.rules)
+        self.group_pages = [0] * len(self.rules)
+        self._lru, self._ghosts, self._free, self._clock = lru, ghosts, free, clock
+        self._ids: dict[bytes, int] = {}
+        self._keys: list[bytes] = []
+        self._slabs: list[list[Slab | None]] = [[] for _ in self.rules]
+        self._unused: list[int] = []
+        self._tails: dict[int, dict[int, int]] = {}  # parent -> position -> tails there
+        self._capacity = 0
+        units = len(self.units)
+        self._parent = np.empty(0, dtype=np.int32)
+        self._position = np.empty(0, dtype=np.int64)
+        self._children = np.empty(0, dtype=np.int32)
+        self._resident = np.empty((units, 0), dtype=np.bool_)
+        self._queued = np.empty((units, 0), dtype=np.bool_)
+        self._pins = np.empty((units, 0), dtype=np.int32)
+        self._pages = np.empty((units, 0), dtype=np.int32)
+        self._touch = np.empty((units, 0), dtype=np.int64)
+        self._generation = np.empty((units, 0), dtype=np.int32)
+
+    @property
+    def tenant(self) -> str:
+        return self.ns.tenant
+
+    def __len__(self) -> int:
+        """Nodes."""
+        return len(self._ids)
+
+    # -- finding ---------------------------------------------------------------------------------
+
+    def find(self, keys: Sequence[bytes]) -> Nodes:
+        """The nodes of the longest known prefix of the chain ``keys``."""
+        found: list[Nodes] = []
+        parent, step = ROOT, self.ns.block_tokens
+        for at in range(0, len(keys), _FIND_STEP):
+            part = keys[at : at + _FIND_STEP]
+            nodes = np.fromiter((self._ids.get(k, ROOT) for k in part), np.int32, len(part))
+            known = nodes >= 0
+            count = int(np.argmin(known)) if not known.all() else len(part)
+            nodes = nodes[:count]
+            # An opaque key may be known under another parent, or as a tail: then this is not its chain.
+            parents = np.r_[np.int32(parent), nodes[:-1]]
+            right = self._parent[nodes] == parents
+            right &= self._position[nodes] == (np.arange(at + 1, at + count + 1, dtype=np.int64)) * step
+            if not right.all():
+                nodes = nodes[: int(np.argmin(right))]
+            found.append(nodes)
+            if len(nodes) < len(part):
+                break
+            parent = int(nodes[-1])
+        return np.concatenate(found) if found else _NO_NODES
+
+    def find_tail(self, chain: KeyChain, position: int, path: Nodes) -> int | None:
+        """The node of the off-grid checkpoint at ``position``, given the path of the blocks before it."""
+        block = position // self.ns.block_tokens
+        if chain.opaque or position > chain.tokens or len(path) < block:
+            return None
+        node = self._ids.get(chain.key_at(position))
+        parent = int(path[block - 1]) if block else ROOT
+        if node is None or self._parent[node] != parent or self._position[node] != position:
+            return None
+        return node
+
+    def view(self, chain: KeyChain, path: Nodes) -> View:
+        """What the rules of :mod:`kvpool.match` decide on; ``path`` comes from :meth:`find`."""
+        resident = self._resident[np.array(self.unit_of)[:, None], path[None, :]]
+        tails = []
+        if self._tails and not chain.opaque:
+            for parent in (ROOT, *path.tolist()) if len(self._tails) > len(path) else self._parents_with_tails(path):
+                for position in self._tails.get(parent, ()):
+                    node = self.find_tail(chain, position, path)
+                    if node is not None:
+                        tails.append(Tail(position, tuple(bool(self._resident[u, node]) for u in self.unit_of)))
+        return View(self.ns.block_tokens, self.rules, resident, tuple(tails))
+
+    def _parents_with_tails(self, path: Nodes) -> list[int]:
+        known = set(path.tolist())
+        return [p for p in self._tails if p == ROOT or p in known]
+
+    def select(self, path: Nodes, length: int, tail: int | None) -> Selection:
+        """What restoring ``length`` tokens needs; ``tail`` is the node of an off-grid length."""
+        blocks = length // self.ns.block_tokens
+        chosen: Selection = []
+        for unit, groups in enumerate(self.units):
+            rule = self.rules[groups[0]]
+            if rule.kind is GroupKind.RECURRENT:
+                nodes = path[blocks - 1 : blocks] if tail is None and blocks else _NO_NODES
+            else:
+                first = 0
+                if rule.window is not None:
+                    first = max(0, length - (rule.window - 1)) // self.ns.block_tokens
+                nodes = path[first:blocks]
+            if tail is not None:
+                nodes = np.append(nodes, np.int32(tail))
+            chosen.append((unit, nodes))
+        return chosen
+
+    def only_resident(self, selection: Selection) -> Selection:
+        """``selection`` without what is not there."""
+        return [(unit, nodes[self._resident[unit, nodes]]) for unit, nodes in selection]
+
+    def holds(self, selection: Selection) -> bool:
+        """Whether all of ``selection`` is resident."""
+        return all(bool(self._resident[unit, nodes].all()) for unit, nodes in selection)
+
+    def slabs(self, group: int, nodes: Iterable[int]) -> list[Slab]:
+        """The slabs of one group at resident nodes."""
+        column, found = self._slabs[group], []
+        for node in nodes:
+            slab = column[node]
+            if slab is None:
+                raise KeyChainError(f"group {self.rules[group].name!r} is not resident at node {node}")
+            found.append(slab)
+        return found
+
+    def ghost(self, group: int, key: bytes) -> Ghost | None:
+        return self._ghosts.get(self.number, self.unit_of[group], key)
+
+    # -- recency and pins ------------------------------------------------------------------------
+
+    def touch(self, selection: Selection) -> None:
+        """Make ``selection`` the most recently used, what is nearer to the root more so."""
+        longest = max((len(nodes) for _, nodes in selection), default=0)
+        base = self._lru.tick(longest + 1)
+        for unit, nodes in selection:
+            self._touch[unit, nodes] = base + np.arange(len(nodes) - 1, -1, -1)
+
+    def pin(self, selection: Selection) -> None:
+        """Keep ``selection`` until :meth:`unpin` of the same."""
+        for unit, nodes in selection:
+            self._pins[unit, nodes] += 1
+            self.unpinned_pages -= int(self._pages[unit, nodes[self._pins[unit, nodes] == 1]].sum())
+
+    def unpin(self, selection: Selection) -> None:
+        for unit, nodes in selection:
+            self._pins[unit, nodes] -= 1
+            freed = nodes[self._pins[unit, nodes] == 0]
+            self.unpinned_pages += int(self._pages[unit, freed].sum())
+            self._offer(unit, freed)
+
+    def _offer(self, unit: int, nodes: Nodes) -> None:
+        """Queue for eviction what is not queued yet."""
+        nodes = nodes[~self._queued[unit, nodes] & self._resident[unit, nodes]]
+        self._queued[unit, nodes] = True
+        touches, generations = self._touch[unit, nodes].tolist(), self._generation[unit, nodes].tolist()
+        for touch, node, generation in zip(touches, nodes.tolist(), generations, strict=True):
+            self._lru.push(self.tenant, (touch, self.number, unit, node, generation))
+
+    # -- storing ---------------------------------------------------------------------------------
+
+    def check_path(self, keys: Sequence[bytes]) -> None:
+        """Raise KeyChainError when a key of the chain is known at another place.
+
+        Only engines' own hashes can do that: they must depend on everything before the block.
+        """
+        for i, key in enumerate(keys[len(self.find(keys)) :]):
+            if key in self._ids:
+                raise KeyChainError(
+                    f"block hash {key.hex()[:16]} ({i} after the known prefix) is already known after other blocks: hashes "
+                    "must depend on everything before them"
+                )
+
+    def grow_path(self, keys: Sequence[bytes]) -> Nodes:
+        """The nodes of the whole chain ``keys``, made where they are missing. Raises as :meth:`check_path`."""
+        self.check_path(keys)
+        path = self.find(keys)
+        missing = len(keys) - len(path)
+        if not missing:
+            return path
+        new = np.array([self._new_node(k) for k in keys[len(path) :]], dtype=np.int32)
+        path = np.concatenate([path, new])
+        first = len(path) - missing
+        self._parent[new] = path[first - 1 : -1] if first else np.r_[np.int32(ROOT), new[:-1]]
+        self._position[new] = np.arange(first + 1, len(path) + 1, dtype=np.int64) * self.ns.block_tokens
+        parents = path[max(0, first - 1) : -1]
+        self._children[parents] += 1
+        return path
+
+    def grow_tail(self, chain: KeyChain, position: int, path: Nodes) -> int:
+        """The node of an off-grid checkpoint, made when it is missing."""
+        known = self.find_tail(chain, position, path)
+        if known is not None:
+            return known
+        block = position // self.ns.block_tokens
+        parent = int(path[block - 1]) if block else ROOT
+        key = chain.key_at(position)
+        if key in self._ids:
+            raise KeyChainError(f"checkpoint key {key.hex()[:16]} is already known as an engine's block hash")
+        node = self._new_node(key)
+        self._parent[node], self._position[node] = parent, position
+        if parent != ROOT:
+            self._children[parent] += 1
+        here = self._tails.setdefault(parent, {})
+        here[position] = here.get(position, 0) + 1
+        return node
+
+    def place(self, unit: int, nodes: Nodes, slabs: Sequence[Sequence[Slab]]) -> list[Slab]:
+        """Make ``slabs[i][j]`` (group ``units[unit][i]``, node ``nodes[j]``) resident; returns those of nodes that have them already."""
+        there = self._resident[unit, nodes]
+        spare: list[Slab] = []
+        fresh = nodes[~there]
+        pages = np.zeros(len(nodes), dtype=np.int32)
+        for group, column in zip(self.units[unit], slabs, strict=True):
+            target = self._slabs[group]
+            for j, (node, slab, known) in enumerate(zip(nodes.tolist(), column, there.tolist(), strict=True)):
+                if known:
+                    spare.append(slab)
+                else:
+                    target[node] = slab
+                    pages[j] += len(slab.pages)
+                    self.group_slabs[group] += 1
+                    self.group_pages[group] += len(slab.pages)
+        self._resident[unit, fresh] = True
+        self._pages[unit, fresh] = pages[~there]
+        self._touch[unit, fresh] = self._lru.tick(len(fresh) + 1) + np.arange(len(fresh) - 1, -1, -1)
+        self.unpinned_pages += int(pages.sum())
+        for node in fresh.tolist():
+            self._ghosts.drop(self.number, unit, self._keys[node])
+        self._offer(unit, fresh)
+        return spare
+
+    def prune(self, node: int) -> None:
+        """Forget ``node`` and its ancestors as far as they hold nothing and lead nowhere."""
+        while node != ROOT and not self._children[node] and not self._resident[:, node].any():
+            parent, position = int(self._parent[node]), int(self._position[node])
+            del self._ids[self._keys[node]]
+            self._keys[node] = b""
+            self._unused.append(node)
+            if position % self.ns.block_tokens:
+                here = self._tails[parent]
+                here[position] -= 1
+                if not here[position]:
+                    del here[position]
+                if not here:
+                    del self._tails[parent]
+            if parent != ROOT:
+                self._children[parent] -= 1
+                if not self._children[parent] and self.full is not None and not self._pins[self.full, parent]:
+                    self._offer(self.full, np.array([parent], dtype=np.int32))
+            node = parent
+
+    # -- evicting --------------------------------------------------------------------------------
+
+    def check(self, unit: int, node: int, generation: int) -> int:
+        """The entry's current touch, or BLOCKED (see :class:`kvpool.lru.Shelf`)."""
+        if self._generation[unit, node] != generation or not self._resident[unit, node]:
+            return BLOCKED
+        if self._pins[unit, node] or (unit == self.full and self._children[node]):
+            self._queued[unit, node] = False
+            return BLOCKED
+        return int(self._touch[unit, node])
+
+    def evict(self, unit: int, node: int, why: str) -> None:
+        """Free what :meth:`check` allowed, with what is of no use without it."""
+        whole = unit == self.full or self._position[node] % self.ns.block_tokens
+        ghost = Ghost(self._clock(), why)
+        slabs: list[Slab] = []
+        lost = 0
+        for u in np.flatnonzero(self._resident[:, node]).tolist() if whole else [unit]:
+            for group in self.units[u]:
+                slab = self._slabs[group][node]
+                if slab is not None:
+                    slabs.append(slab)
+                    self._slabs[group][node] = None
+                    self.group_slabs[group] -= 1
+                    self.group_pages[group] -= len(slab.pages)
+            self.unpinned_pages -= int(self._pages[u, node])
+            lost += u != unit and bool(self._queued[u, node])
+            self._resident[u, node] = self._queued[u, node] = False
+            self._generation[u, node] += 1
+            self._ghosts.add(self.number, u, self._keys[node], ghost)
+        self._free(slabs)
+        self.prune(node)
+        if lost:
+            self._lru.forget(self.tenant, lost)
+
+    def clear(self, why: str = "cleared") -> int:
+        """Evict all that is not pinned; returns how many entries went."""
+        before = int(self._resident.sum())
+        held = np.flatnonzero(self._resident.any(axis=0))
+        for node in held[np.argsort(-self._position[held], kind="stable")].tolist():
+            for unit in np.flatnonzero(self._resident[:, node]).tolist():
+                if not self._resident[unit, node] or self._pins[unit, node]:
+                    continue
+                if unit == self.full and self._children[node]:
+                    continue
+                queued = bool(self._queued[unit, node])
+                self.evict(unit, node, why)
+                if queued:
+                    self._lru.forget(self.tenant, 1)
+        return before - int(self._resident.sum())
+
+    def entries(self) -> dict[str, int]:
+        """Counts of what is resident: nodes, blocks' units, states, off-grid checkpoints."""
+        state = 0 if self.state is None else int(self._resident[self.state].sum())
+        tails = sum(sum(here.values()) for here in self._tails.values())
+        return {"nodes": len(self._ids), "units": int(self._resident.sum()), "states": state, "tails": tails}
+
+    # -- nodes -----------------------------------------------------------------------------------
+
+    def _new_node(self, key: bytes) -> int:
+        if not self._unused:
+            self._extend()
+        node = self._unused.pop()
+        self._ids[key] = node
+        self._keys[node] = key
+        self._children[node] = 0
+        return node
+
+    def _extend(self) -> None:
+        """Double the columns."""
+        more = max(64, self._capacity)
+        for name in ("_parent", "_position", "_children", "_resident", "_queued", "_pins", "_pages", "_touch", "_generation"):
+            column: NDArray[Any] = getattr(self, name)
+            setattr(self, name, np.concatenate([column, np.zeros((*column.shape[:-1], more), column.dtype)], axis=-1))
+        self._keys.extend([b""] * more)
+        for slabs in self._slabs:
+            slabs.extend([None] * more)
+        self._unused.extend(range(self._capacity + more - 1, self._capacity - 1, -1))
+        self._capacity += more

@@ -1,0 +1,266 @@
+"""Which lengths of a sequence can be restored: pure arithmetic over what is resident.
+
+The three hit rules. A length b is restorable when
+
+* **full attention**: every block up to b is there,
+* **sliding window** of W tokens: every block overlapping ``[b - (W - 1), b)`` is there,
+* **recurrent**: the exact state at b is there, of every recurrent group,
+
+for all groups of the layout at once. The match is the largest such length, never the minimum of what each
+group alone would allow: per-group maxima need not be a length that all of them can restore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtransport.layout import CacheLayout, GroupKind
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRule:
+    """How one group is cached; ``window`` in tokens for sliding groups."""
+
+    name: str
+    kind: GroupKind
+    window: int | None = None
+
+
+def rules_of(layout: CacheLayout) -> tuple[GroupRule, ...]:
+    return tuple(GroupRule(g.name, g.kind, g.window) for g in layout.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """An off-grid checkpoint at ``position`` tokens; ``resident[g]``: group g's partial block, or its state, is there."""
+
+    position: int
+    resident: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """What is resident of one sequence.
+
+    ``resident`` is bool of shape (groups, blocks): for full and sliding groups whether block i is there, for
+    recurrent groups whether the state *after* block i is, at ``(i + 1) * block_tokens`` tokens.
+    """
+
+    block_tokens: int
+    rules: tuple[GroupRule, ...]
+    resident: Bools
+    tails: tuple[Tail, ...] = ()
+
+
+@dataclass(frozen=True)
+class Match:
+    """The answer to a lookup; lengths in tokens.
+
+    ``length`` is the largest member of ``restorable`` (ascending; 0 when that is empty), ``reach`` says how far each
+    group alone would reach, ``limit`` is the longest length asked for: at most all but the prompt's last token.
+    """
+
+    length: int
+    restorable: tuple[int, ...]
+    reach: dict[str, int]
+    limit: int
+
+
+def _run_lengths(present: Bools) -> NDArray[np.int64]:
+    """For every block, how many blocks without a gap end with it."""
+    at = np.arange(len(present), dtype=np.int64)
+    last_gap = np.maximum.accumulate(np.where(present, -1, at)) if len(present) else at
+    return at - last_gap
+
+
+def _aligned(rule: GroupRule, present: Bools, block_tokens: int) -> Bools:
+    """For block i, whether this group allows the endpoint ``(i + 1) * block_tokens``."""
+    if rule.kind is GroupKind.RECURRENT:
+        return present
+    runs = _run_lengths(present)
+    needed = np.arange(1, len(present) + 1, dtype=np.int64)
+    if rule.window is not None:
+        needed = np.minimum(needed, -(-(rule.window - 1) // block_tokens))
+    return runs >= needed
+
+
+def _tail_allowed(view: View, group: int, tail: Tail) -> bool:
+    """Whether ``group`` allows the off-grid endpoint ``tail.position``."""
+    if not tail.resident[group]:
+        return False
+    rule = view.rules[group]
+    if rule.kind is GroupKind.RECURRENT:
+        return True
+    stop = tail.position // view.block_tokens
+    first = 0
+    if rule.window is not None:
+        first = max(0, tail.position - (rule.window - 1)) // view.block_tokens
+    return stop <= view.resident.shape[1] and bool(view.resident[group, first:stop].all())
+
+
+def endpoints(view: View, groups: Sequence[int] | None = None) -> list[int]:
+    """All lengths (tokens, ascending) that every one of ``groups`` (default: all) can restore."""
+    chosen = range(len(view.rules)) if groups is None else groups
+    blocks = view.resident.shape[1]
+    allowed = np.ones(blocks, dtype=np.bool_)
+    for group in chosen:
+        allowed &= _aligned(view.rules[group], view.resident[group], view.block_tokens)
+    found = ((np.flatnonzero(allowed) + 1) * view.block_tokens).tolist()
+    found += [t.position for t in view.tails if all(_tail_allowed(view, g, t) for g in chosen)]
+    return sorted(found)
+
+
+def restorable(view: View) -> list[int]:
+    """All restorable lengths in tokens, ascending: block boundaries and off-grid checkpoints."""
+    return endpoints(view)
+
+
+def match(view: View, limit: int) -> Match:
+    """The restorable lengths up to ``limit`` tokens and the largest of them."""
+    lengths = tuple(n for n in restorable(view) if n <= limit)
+    reach = {
+        rule.name: max((n for n in endpoints(view, [g]) if n <= limit), default=0) for g, rule in enumerate(view.rules)
+    }
+    return Match(lengths[-1] if lengths else 0, lengths, reach, limit)
+
+
+# -- explaining ----------------------------------------------------------------------------------
+
+
+class Reason(StrEnum):
+    """What ends a group's reach."""
+
+    COMPLETE = "complete"
+    """Nothing: it reaches as far as was asked."""
+    NEVER_STORED = "never_stored"
+    EVICTED = "evicted"
+    NO_CHECKPOINT = "no_checkpoint"
+    """The blocks go on, but no exact state was taken further on."""
+    OTHER_FINGERPRINT = "other_fingerprint"
+    """The same tokens are here under another layout, revision, dtype, block size or salt of the same tenant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ghost:
+    """What was there and is no more: ``at`` on the pool's clock in seconds, ``why`` in a word (capacity, quota, cleared)."""
+
+    at: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReach:
+    """How far one group alone reaches (``reach`` tokens), and what ends it at ``at`` tokens."""
+
+    group: str
+    kind: GroupKind
+    reach: int
+    ended_by: Reason
+    at: int
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a match is as long as it is."""
+
+    match: Match
+    groups: tuple[GroupReach, ...]
+    verdict: str = field(default="")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "length": self.match.length,
+            "limit": self.match.limit,
+            "restorable": list(self.match.restorable),
+            "verdict": self.verdict,
+            "groups": [
+                {
+                    "group": g.group,
+                    "kind": str(g.kind),
+                    "reach": g.reach,
+                    "ended_by": str(g.ended_by),
+                    "at": g.at,
+                    "detail": g.detail,
+                }
+                for g in self.groups
+            ],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"match: {self.match.length} of at most {self.match.limit} tokens ({self.verdict})"]
+        for g in self.groups:
+            ended = str(g.ended_by).replace("_", " ")
+            lines.append(f"  {g.group} ({g.kind}): reaches {g.reach}; {ended}" + (f": {g.detail}" if g.detail else ""))
+        return "\n".join(lines)
+
+
+GhostLookup = Callable[[int, int], Ghost | None]
+"""(group, position in tokens at the end of the block or checkpoint) -> what was evicted there."""
+
+
+def explain(view: View, limit: int, now: float, ghost: GhostLookup, *, elsewhere: bool = False) -> Explanation:
+    """Explain the match of ``view`` up to ``limit`` tokens.
+
+    ``elsewhere`` says that the same first block is stored under another fingerprint *of the same tenant*; other
+    tenants' content must look like nothing at all here.
+    """
+    found = match(view, limit)
+    groups = tuple(_explain_group(view, g, found, now, ghost, elsewhere) for g in range(len(view.rules)))
+    if found.length >= _last_endpoint(view, limit):
+        verdict = "all that was asked for"
+    else:
+        shortest = min(groups, key=lambda g: g.reach)
+        common = "" if shortest.reach == found.length else "no longer length suits all groups; "
+        verdict = f"{common}{shortest.group}: {str(shortest.ended_by).replace('_', ' ')}"
+    return Explanation(found, groups, verdict)
+
+
+def _last_endpoint(view: View, limit: int) -> int:
+    """The last length up to ``limit`` that could be asked for without an off-grid checkpoint."""
+    return limit // view.block_tokens * view.block_tokens
+
+
+def _explain_group(view: View, group: int, found: Match, now: float, ghost: GhostLookup, elsewhere: bool) -> GroupReach:
+    rule, step = view.rules[group], view.block_tokens
+    reach = found.reach[rule.name]
+    if reach >= _last_endpoint(view, found.limit):
+        return GroupReach(rule.name, rule.kind, reach, Reason.COMPLETE, reach)
+    present = view.resident[group]
+    wanted = found.limit // step  # full blocks that were asked for
+    if rule.kind is GroupKind.RECURRENT:
+        # The nearest state beyond the reach that once was there says more than the end of the blocks.
+        for position in range(reach + step - reach % step, (wanted + 1) * step, step):
+            gone = ghost(group, position)
+            if gone is not None:
+                return GroupReach(rule.name, rule.kind, reach, Reason.EVICTED, position, _gone(gone, now, position))
+        if len(present) * step > reach:
+            detail = f"blocks are there up to {min(len(present), wanted) * step}, but no state beyond {reach}"
+            return GroupReach(rule.name, rule.kind, reach, Reason.NO_CHECKPOINT, reach, detail)
+        missing = len(present)
+    else:
+        # What keeps it from one block more: a gap in the window before that endpoint, or the block itself.
+        after = reach // step
+        needed = 1 if rule.window is None else -(-(rule.window - 1) // step)
+        window = range(max(0, after + 1 - needed), after + 1)
+        missing = next((i for i in window if i >= len(present) or not present[i]), after)
+    position = (missing + 1) * step
+    gone = ghost(group, position)
+    if gone is not None:
+        return GroupReach(rule.name, rule.kind, reach, Reason.EVICTED, missing * step, _gone(gone, now, position))
+    if missing == 0 and elsewhere:
+        detail = "the same tokens are stored under another layout, revision, dtype, block size or salt"
+        return GroupReach(rule.name, rule.kind, reach, Reason.OTHER_FINGERPRINT, 0, detail)
+    return GroupReach(rule.name, rule.kind, reach, Reason.NEVER_STORED, missing * step)
+
+
+def _gone(ghost: Ghost, now: float, position: int) -> str:
+    return f"what ended at {position} was evicted {max(0.0, now - ghost.at):.1f} s ago ({ghost.why})"

@@ -1,0 +1,96 @@
+"""Who gets memory, and what goes for it: quotas, the floor of the prefix cache, eviction until there is room."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from kvtransport.errors import ConfigError
+
+from .arena import BlockClass, PageArena, Slab
+from .errors import PoolFullError, QuotaError
+from .lru import Lru
+
+Sizes = tuple[Sequence[int], BlockClass]
+
+
+class Memory:
+    """Allocates from ``arena`` for tenants, evicting through ``lru``.
+
+    ``quota_bytes`` limits tenants by name, in whole pages. ``floor_bytes`` of blocks and states are not evicted for
+    the sake of transfer-cache bytes (None: half the arena). Raises ConfigError for a floor outside the arena.
+    """
+
+    def __init__(
+        self, arena: PageArena, lru: Lru, quota_bytes: Mapping[str, int] | None, floor_bytes: int | None
+    ) -> None:
+        floor = arena.total_bytes // 2 if floor_bytes is None else floor_bytes
+        if not 0 <= floor <= arena.total_bytes:
+            raise ConfigError(f"prefix_floor_bytes must be within the arena's {arena.total_bytes} bytes, got {floor}")
+        self.arena = arena
+        self.evictions: Counter[str] = Counter()
+        """Evictions by reason."""
+        self._lru = lru
+        self._quota = {tenant: n // arena.page_bytes for tenant, n in (quota_bytes or {}).items()}
+        self._floor = floor // arena.page_bytes
+        self._used: Counter[str] = Counter()
+
+    def used_bytes(self, tenant: str) -> int:
+        """Bytes of the pages that the tenant holds, puts in progress included."""
+        return self._used[tenant] * self.arena.page_bytes
+
+    def evictable_bytes(self, tenant: str | None = None) -> int:
+        """Bytes that are in the cache and neither leased nor being read."""
+        return self._lru.unpinned_pages(tenant) * self.arena.page_bytes
+
+    def free(self, tenant: str, slabs: Sequence[Slab]) -> None:
+        self.arena.free_many(slabs)
+        self._used[tenant] -= sum(len(s.pages) for s in slabs)
+
+    def allocate(self, tenant: str, batches: Sequence[Sizes]) -> list[Slab]:
+        """Slabs of all sizes, or an error and none; evicts what it must, nothing when that would not be enough.
+
+        Raises QuotaError or PoolFullError, with the numbers.
+        """
+        pages = sum(self.arena.pages_for(n) for sizes, _ in batches for n in sizes)
+        self._make_room(tenant, pages, transfer=any(kind is BlockClass.TRANSFER for _, kind in batches))
+        slabs: list[Slab] = []
+        for sizes, kind in batches:
+            slabs += self.arena.allocate_many(sizes, kind)
+        self._used[tenant] += pages
+        return slabs
+
+    def _make_room(self, tenant: str, pages: int, *, transfer: bool) -> None:
+        size, arena = self.arena.page_bytes, self.arena
+        spare = self._lru.unpinned_pages()
+        if transfer:
+            kept = (arena.bytes_of(BlockClass.PREFIX) + arena.bytes_of(BlockClass.STATE)) // size
+            spare = min(spare, max(0, kept - self._floor))
+        own = min(self._lru.unpinned_pages(tenant), spare)
+        quota = self._quota.get(tenant)
+        over = 0 if quota is None else self._used[tenant] + pages - quota
+        if quota is not None and over > own:
+            raise QuotaError(
+                f"{pages * size} bytes asked for; tenant {tenant!r} holds {self._used[tenant] * size} of its quota of "
+                f"{quota * size} bytes, and {own * size} of them could be evicted: release leases, ask for less, or raise "
+                "the quota"
+            )
+        short = pages - arena.free_pages
+        if short > spare:
+            floor = f" or under the floor of {self._floor * size} bytes kept for the prefix cache" if transfer else ""
+            raise PoolFullError(
+                f"{pages * size} bytes asked for; {arena.free_bytes} of {arena.total_bytes} are free and {spare * size} could "
+                f"be evicted, the rest is leased, being read or being written{floor}: try again later, ask for less, or give "
+                "the pool more memory"
+            )
+        # One entry may hold many pages: what the quota frees counts for the shortage too.
+        target = self._used[tenant] - over
+        while over > 0 and self._used[tenant] > target:
+            self._evict(tenant, "quota")
+        while arena.free_pages < pages:
+            self._evict(None, "capacity")
+
+    def _evict(self, tenant: str | None, why: str) -> None:
+        if not self._lru.evict(tenant, why):
+            raise PoolFullError("nothing is left to evict although the pool counted on it: this is a defect, please report it")
+        self.evictions[why] += 1

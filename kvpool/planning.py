@@ -1,0 +1,72 @@
+"""Sources of a get: from the index, and from a put in progress behind which it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvtransport.buffers import PageList
+from kvtransport.layout import Extent, GroupKind
+
+from .arena import PageArena
+from .errors import MissError
+from .index import Nodes, Selection, Tree
+from .placement import Geometry, Held, Slot, before, overlaps, page_lists
+from .put import Put
+
+
+def held_at(tree: Tree, path: Nodes, tail: int | None, boundary: int) -> dict[int, Held]:
+    """What the index holds for restoring ``boundary``, by group; ``tail`` is the node of an off-grid boundary."""
+    step = tree.ns.block_tokens
+    blocks = boundary // step
+    held: dict[int, Held] = {}
+    for group, rule in enumerate(tree.rules):
+        own = held[group] = Held()
+        if rule.kind is GroupKind.RECURRENT:
+            node = int(path[blocks - 1]) if tail is None else tail
+            own.states[boundary] = tree.slabs(group, [node])[0]
+            continue
+        first = 0 if rule.window is None else max(0, boundary - (rule.window - 1)) // step
+        own.blocks = dict(zip(range(first, blocks), tree.slabs(group, path[first:blocks].tolist()), strict=True))
+        if tail is not None:
+            own.tails[boundary] = tree.slabs(group, [tail])[0]
+    return held
+
+
+def follow(
+    arena: PageArena, tree: Tree, geometry: Geometry, put: Put, extents: Mapping[Slot, Extent]
+) -> tuple[Selection, dict[Slot, PageList]]:
+    """What a reader of ``extents`` behind ``put`` needs of the index, and all its sources.
+
+    What lies before the put's start comes from the index; MissError when it is not (all) there.
+    """
+    step, start = tree.ns.block_tokens, put.start
+    early = [
+        Extent(e.layer, e.tensor, e.unit, spans) for e in extents.values() if (spans := before(e.spans, start))
+    ]
+    selection: Selection = []
+    lists: dict[Slot, PageList] = {}
+    if early:
+        path = tree.find([] if put.chain is None else put.chain.blocks[: start // step])
+        held: dict[int, Held] = {}
+        wanted: dict[int, Nodes] = {}
+        if tree.full is not None:
+            wanted[tree.full] = path
+        for group, spans in geometry.spans(early).items():
+            blocks = range(spans[0].first // step, start // step)
+            nodes, unit = path[blocks.start : blocks.stop], tree.unit_of[group]
+            if len(nodes) < len(blocks) or not tree.holds([(unit, nodes)]):
+                raise MissError(
+                    f"the request brings tokens {start}..{put.boundary} only, and group {tree.rules[group].name!r} is not in "
+                    f"the pool from {spans[0].first} to {start}: get from start {start} on"
+                )
+            held[group] = Held(blocks=dict(zip(blocks, tree.slabs(group, nodes.tolist()), strict=True)))
+            wanted.setdefault(unit, nodes)
+        selection = list(wanted.items())
+        lists = page_lists(arena, geometry, step, early, held)
+    sources: dict[Slot, PageList] = {}
+    for slot, extent in extents.items():
+        pages = put.destinations[slot]
+        parts = [lists[slot].pieces] if slot in lists else []
+        parts += [pages.slice(low, high).pieces for low, high, _ in overlaps(put.extents[slot], extent)]
+        sources[slot] = arena.page_list(parts)
+    return selection, sources

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import KVError
+from ..errors import IntegrityError, KVError
+from . import loopback as loopback_command
 from . import models as models_command
 from .output import console, write_json
 
@@ -46,6 +47,53 @@ def models(json_to: JsonOption = None) -> None:
     """
     models_command.render(console(json_to))
     write_json(json_to, models_command.report())
+
+
+@app.command(
+    "loopback",
+    epilog="Examples:  [bold]kvbench loopback[/]   |   [bold]kvbench loopback --connections 1 --no-checksum --json -[/]   |   "
+    "[bold]kvbench loopback --preset minimax-m2.5 --tokens 8192 --congestion cubic --contiguous[/]",
+)
+def loopback(
+    preset: Annotated[str, typer.Option(help="Whose cache to move; 'kvbench models' lists them.")] = "kimi-linear-48b",
+    tokens: Annotated[int, typer.Option(help="Length of the request.")] = 32_768,
+    connections: Annotated[int, typer.Option(help="TCP connections of the link.")] = 4,
+    chunk_bytes: Annotated[int, typer.Option(help="Unit of striping and checksum.")] = 1 << 20,
+    page_bytes: Annotated[
+        int | None, typer.Option(help="Page size at both ends; default: each tensor's block of 16 tokens.")
+    ] = None,
+    contiguous: Annotated[bool, typer.Option("--contiguous", help="One piece per tensor instead of pages.")] = False,
+    checksum: Annotated[bool, typer.Option(help="xxh3 of every chunk, verified on arrival.")] = True,
+    congestion: Annotated[str | None, typer.Option(help="cubic, bbr, ...; default: the system's.")] = None,
+    repeat: Annotated[int, typer.Option(help="Timed rounds; the median is reported.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Rounds before them that do not count.")] = 1,
+    buffer_bytes: Annotated[
+        int | None, typer.Option(help="Memory per end, at least; default: more than the caches hold.")
+    ] = None,
+    json_to: JsonOption = None,
+) -> None:
+    """Move one request's cache between two processes over loopback, verified byte by byte.
+
+    A round is timed from opening the transfer until the receiver has confirmed the seal: everything verified
+    and in its place. Afterwards source and destination are compared by hash.
+    """
+    options = loopback_command.LoopbackOptions(
+        preset=preset,
+        tokens=tokens,
+        connections=connections,
+        chunk_bytes=chunk_bytes,
+        page_bytes=page_bytes,
+        contiguous=contiguous,
+        checksum=checksum,
+        congestion=congestion,
+        repeat=repeat,
+        warmup=warmup,
+        buffer_bytes=buffer_bytes,
+    )
+    body = loopback_command.run(options, console(json_to))
+    write_json(json_to, body)
+    if not body["verified"]:
+        raise IntegrityError("bytes that arrived are not the bytes that were sent")
 
 
 def main() -> None:

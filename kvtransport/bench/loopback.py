@@ -1,0 +1,366 @@
+"""``kvbench loopback``: one request's cache from process to process over TCP on this machine.
+
+Sender and receiver are processes of their own. A round is timed by the sender, from opening the transfer until
+the consumer has confirmed that every byte is verified and in its place; after it the hashes of source and
+destination are compared, tensor by tensor, and the destination is overwritten before the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.table import Table
+
+from .. import presets
+from ..buffers import native_available
+from ..errors import ConfigError, DeadlineError, RemoteError, error_from_dict
+from ..manifest import Manifest, new_transfer_id
+from .loopback_memory import default_buffer_bytes, page_sizes
+
+START_S = 120.0
+"""For filling the memory with random bytes and dialling."""
+STOP_S = 5.0
+GB = 1e9
+MAX_CONNECTIONS = 64
+MAX_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LoopbackOptions:
+    """What to measure. Bytes, tokens, seconds; ``page_bytes`` None: the block of 16 tokens of each tensor.
+
+    ``congestion`` None: the system's default. ``buffer_bytes`` None: larger than the processor's caches.
+    """
+
+    preset: str = "kimi-linear-48b"
+    tokens: int = 32_768
+    connections: int = 4
+    chunk_bytes: int = 1 << 20
+    page_bytes: int | None = None
+    contiguous: bool = False
+    checksum: bool = True
+    congestion: str | None = None
+    repeat: int = 5
+    warmup: int = 1
+    buffer_bytes: int | None = None
+    deadline_s: float = 120.0
+
+    def check(self) -> None:
+        """Raises ConfigError naming the first option that makes no sense."""
+        bounds = (
+            ("--tokens", self.tokens, 1, 1 << 24),
+            ("--connections", self.connections, 1, MAX_CONNECTIONS),
+            ("--chunk-bytes", self.chunk_bytes, 4096, MAX_CHUNK),
+            ("--repeat", self.repeat, 1, 10_000),
+            ("--warmup", self.warmup, 0, 1_000),
+            ("--page-bytes", self.page_bytes if self.page_bytes is not None else 64, 64, 1 << 30),
+        )
+        for name, value, low, high in bounds:
+            if not low <= value <= high:
+                raise ConfigError(f"{name} must be {low} to {high}, got {value}")
+        if self.contiguous and self.page_bytes is not None:
+            raise ConfigError("--contiguous and --page-bytes exclude each other: contiguous memory has no pages")
+        presets.preset(self.preset)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One transfer. CPU seconds are user and system time of all threads of that process."""
+
+    seconds: float
+    goodput_gbps: float
+    sender_cpu_s_per_gb: float
+    receiver_cpu_s_per_gb: float
+    chunks: int
+    resent_bytes: int
+    spilled_bytes: int
+    checksums_verified: int
+    verified: bool
+
+
+class _Process:
+    """One worker: its pipes, its last words, and its end."""
+
+    def __init__(self, role: str, config: Mapping[str, Any]) -> None:
+        self.role = role
+        # The worker must find this package however this process found it (installed, or a source tree as cwd).
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+        self._stderr: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kvtransport.bench.loopback_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        self._buffer = b""
+        self.inbox: list[dict[str, Any]] = []
+        self.say({**config, "role": role})
+
+    @property
+    def stdout(self) -> BinaryIO:
+        pipe = self.process.stdout
+        assert pipe is not None
+        return pipe  # type: ignore[return-value]  # typeshed says IO[bytes]
+
+    def say(self, command: Mapping[str, Any]) -> None:
+        pipe = self.process.stdin
+        assert pipe is not None
+        try:
+            pipe.write(json.dumps(command).encode() + b"\n")
+            pipe.flush()
+        except BrokenPipeError:
+            raise self.died() from None
+
+    def read(self) -> list[dict[str, Any]]:
+        """Whole lines that are there now. Raises RemoteError when the process has ended."""
+        data = os.read(self.stdout.fileno(), 1 << 16)
+        if not data:
+            raise self.died()
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def died(self) -> RemoteError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_S)
+        code = self.process.returncode
+        how = "closed its output" if code is None else f"exited with status {code}"
+        if code is not None and code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        self._stderr.seek(0)
+        words = self._stderr.read().decode(errors="replace").strip()
+        last = f"; its last words: {words[-500:]}" if words else ""
+        return RemoteError(f"the {self.role} process of this benchmark {how} before it was done{last}")
+
+    def stop(self) -> None:
+        """The end of its input is the polite way; what does not follow is killed."""
+        with contextlib.suppress(OSError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+        try:
+            self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.stdout.close()
+        self._stderr.close()
+
+
+class Loopback:
+    """Two processes and a link between them; use as a context manager, then :meth:`round`.
+
+    Raises the workers' errors, RemoteError when one of them dies, DeadlineError when one does not answer;
+    leaving the context ends both whatever happened.
+    """
+
+    def __init__(self, options: LoopbackOptions, progress: Callable[[int], None] | None = None) -> None:
+        options.check()
+        self.options = options
+        self._progress = progress
+        self.layout = presets.load(options.preset)
+        self.manifest = Manifest.of_layout(self.layout, options.tokens, transfer=bytes(16))
+        self.congestion = "unknown"
+        self.copies = 1
+        self._workers: list[_Process] = []
+        self._done = 0
+
+    def __enter__(self) -> Self:
+        buffer_bytes = default_buffer_bytes() if self.options.buffer_bytes is None else self.options.buffer_bytes
+        config = {**asdict(self.options), "buffer_bytes": buffer_bytes}
+        try:
+            self._receiver = self._start("receiver", {**config, "seed": 1})
+            listening = self._wait(self._receiver, "started", START_S)
+            self.copies = listening["copies"]
+            self._sender = self._start(
+                "sender", {**config, "seed": 2, "host": listening["host"], "port": listening["port"]}
+            )
+            self.congestion = self._wait(self._sender, "started", START_S)["congestion"]
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(worker.process.pid for worker in self._workers)
+
+    def round(self) -> Round:
+        """Move the cache once."""
+        command = {"transfer": new_transfer_id().hex(), "round": self._done}
+        self._done += 1
+        limit = self.options.deadline_s + 30.0
+        self._receiver.say(command)
+        self._wait(self._receiver, "expecting", limit)
+        self._sender.say(command)
+        sent = self._wait(self._sender, "done", limit)
+        received = self._wait(self._receiver, "done", limit)
+        nbytes = self.manifest.total_bytes
+        return Round(
+            seconds=sent["seconds"],
+            goodput_gbps=nbytes * 8 / GB / sent["seconds"],
+            sender_cpu_s_per_gb=sent["cpu_s"] / (nbytes / GB),
+            receiver_cpu_s_per_gb=received["cpu_s"] / (nbytes / GB),
+            chunks=received["chunks"],
+            resent_bytes=sent["resent_bytes"],
+            spilled_bytes=sent["spilled_bytes"],
+            checksums_verified=received["checksums_verified"],
+            verified=received["bytes"] == nbytes and received["digests"] == sent["digests"],
+        )
+
+    def close(self) -> None:
+        """End both processes and wait for them. Idempotent."""
+        workers, self._workers = self._workers, []
+        # All inputs end before any end is waited for.
+        for worker in workers:
+            with contextlib.suppress(OSError):
+                if worker.process.stdin is not None:
+                    worker.process.stdin.close()
+        for worker in workers:
+            worker.stop()
+
+    def _start(self, role: str, config: Mapping[str, Any]) -> _Process:
+        worker = _Process(role, config)
+        self._workers.append(worker)
+        return worker
+
+    def _wait(self, worker: _Process, event: str, timeout_s: float) -> dict[str, Any]:
+        """The next ``event`` of ``worker``; the other one is watched too."""
+        deadline = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            for each in self._workers:
+                selector.register(each.stdout, selectors.EVENT_READ, each)
+            while True:
+                for reply in worker.inbox:
+                    if reply["event"] == event:
+                        worker.inbox.remove(reply)
+                        return reply
+                ready = selector.select(max(0.0, deadline - time.monotonic()))
+                if not ready and time.monotonic() >= deadline:
+                    raise DeadlineError(f"the {worker.role} process did not answer within {timeout_s:g} s")
+                for key, _ in ready:
+                    for reply in key.data.read():
+                        self._take(key.data, reply)
+
+    def _take(self, worker: _Process, reply: dict[str, Any]) -> None:
+        if reply["event"] == "error":
+            raise error_from_dict(reply["error"], prefix=f"{worker.role}: ")
+        if reply["event"] == "progress":
+            if self._progress is not None:
+                self._progress(reply["bytes"])
+            return
+        worker.inbox.append(reply)
+
+
+def report(bench: Loopback, rounds: list[Round]) -> dict[str, Any]:
+    """Everything ``kvbench loopback --json`` prints. Medians over ``rounds``; Gbps is 1e9 payload bits a second."""
+    options = bench.options
+    sizes = page_sizes(bench.layout, options.page_bytes, contiguous=options.contiguous)
+    by_tensor = {
+        f"{bench.layout.groups[s.group].name}/{s.spec.name}": sizes[s.layer, s.tensor] for s in bench.layout.slots()
+    }
+    total = bench.manifest.total_bytes
+
+    def median(name: str) -> float:
+        return float(statistics.median(getattr(r, name) for r in rounds))
+
+    seconds = median("seconds")
+    return {
+        "preset": options.preset,
+        "tokens": options.tokens,
+        "bytes": total,
+        "seconds": seconds,
+        "goodput_gbps": total * 8 / GB / seconds,
+        "connections": options.connections,
+        "chunk_bytes": options.chunk_bytes,
+        "page_bytes": options.page_bytes if options.page_bytes is not None else max(by_tensor.values()),
+        "page_bytes_by_tensor": by_tensor,
+        "contiguous": options.contiguous,
+        "checksum": options.checksum,
+        "verified": all(r.verified for r in rounds),
+        "sender_cpu_s_per_gb": median("sender_cpu_s_per_gb"),
+        "receiver_cpu_s_per_gb": median("receiver_cpu_s_per_gb"),
+        "congestion": bench.congestion,
+        "congestion_asked": options.congestion,
+        "copies": bench.copies,
+        "native": native_available,
+        "warmup": options.warmup,
+        "rounds": [asdict(r) for r in rounds],
+    }
+
+
+def run(options: LoopbackOptions, out: Console) -> dict[str, Any]:
+    """Measure, with live progress on standard error, print the table to ``out``; returns :func:`report`."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    rounds: list[Round] = []
+    with progress:
+        task = progress.add_task("starting two processes", total=None)
+        with Loopback(options, lambda moved: progress.update(task, completed=moved)) as bench:
+            total = bench.manifest.total_bytes
+            for i in range(options.warmup + options.repeat):
+                at = i - options.warmup
+                what = "warming up" if at < 0 else f"round {at + 1} of {options.repeat}"
+                progress.reset(task, description=what, total=total, completed=0)
+                measured = bench.round()
+                progress.update(task, completed=total)
+                if at >= 0:
+                    rounds.append(measured)
+            body = report(bench, rounds)
+    render(out, body)
+    return body
+
+
+def render(out: Console, body: Mapping[str, Any]) -> None:
+    """The same for people."""
+    table = Table(title=f"{body['preset']}, {body['tokens']:,} tokens, {body['bytes'] / 1e6:,.1f} MB over loopback")
+    for heading in ("round", "seconds", "Gbps", "sender CPU s/GB", "receiver CPU s/GB", "verified"):
+        table.add_column(heading, justify="right")
+
+    def row(name: str, of: Mapping[str, Any], style: str | None = None) -> None:
+        table.add_row(
+            name,
+            f"{of['seconds']:.3f}",
+            f"{of['goodput_gbps']:.2f}",
+            f"{of['sender_cpu_s_per_gb']:.3f}",
+            f"{of['receiver_cpu_s_per_gb']:.3f}",
+            "yes" if of["verified"] else "[red]NO[/]",
+            style=style,
+        )
+
+    for i, each in enumerate(body["rounds"], 1):
+        row(str(i), each, "dim")
+    row("median", body)
+    out.print(table)
+    pages = "contiguous" if body["contiguous"] else f"pages of {body['page_bytes']:,} bytes, scattered at both ends"
+    asked = body["congestion_asked"]
+    refused = f" (asked for {asked}: not allowed here)" if asked not in (None, body["congestion"]) else ""
+    out.print(
+        f"{body['connections']} connections, {body['congestion']}{refused}, chunks of {body['chunk_bytes']:,} bytes, {pages}, "
+        f"checksums {'on' if body['checksum'] else 'off'}"
+    )

@@ -124,6 +124,10 @@ class TcpStream:
         info = self._sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 104)
         return int(struct.unpack_from("<I", info, _RTT_OFFSET)[0]) / 1e6
 
+    def congestion(self) -> str:
+        """The congestion control this socket runs: what was asked for may not be allowed."""
+        return "unknown" if self._fd < 0 else congestion_of(self._sock)
+
     def unsent_bytes(self) -> int:
         if self._fd < 0 or sys.platform != "linux":
             return 0

@@ -17,8 +17,9 @@ from kvtransport import buffers as native_buffers
 from kvtransport.errors import ArenaError, ConfigError, KVBufferError
 
 
-def load_without_native(name="kvtransport._buffers_over_the_twin"):
+def load_without_native(require="0"):
     """A second copy of the module, made where ``kvtransport._native`` cannot be imported."""
+    name = "kvtransport._buffers_over_the_twin"
     import kvtransport
 
     spec = importlib.util.spec_from_file_location(name, native_buffers.__file__)
@@ -29,6 +30,7 @@ def load_without_native(name="kvtransport._buffers_over_the_twin"):
         patch.setitem(sys.modules, name, module)  # dataclasses look their module up
         patch.setitem(sys.modules, "kvtransport._native", None)
         patch.delattr(kvtransport, "_native", raising=False)
+        patch.setenv("KVTRANSPORT_REQUIRE_NATIVE", require)
         spec.loader.exec_module(module)
     return module
 
@@ -54,8 +56,7 @@ def test_both_implementations_are_tested():
     assert native_buffers.send_pages is not pure_buffers.send_pages
 
 
-def test_the_twin_says_once_what_is_lost(monkeypatch):
-    monkeypatch.delenv("KVTRANSPORT_REQUIRE_NATIVE", raising=False)
+def test_the_twin_says_once_what_is_lost():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_without_native()
@@ -64,10 +65,9 @@ def test_the_twin_says_once_what_is_lost(monkeypatch):
         assert word in str(caught[0].message)
 
 
-def test_native_can_be_required(monkeypatch):
-    monkeypatch.setenv("KVTRANSPORT_REQUIRE_NATIVE", "1")
+def test_native_can_be_required():
     with pytest.raises(ConfigError, match=r"KVTRANSPORT_REQUIRE_NATIVE=1.*gcc, python3-dev"):
-        load_without_native()
+        load_without_native(require="1")
 
 
 # ---- arenas ----

@@ -1,6 +1,8 @@
-"""Keeps KVCache for reuse: a hybrid prefix cache, embedded or behind a daemon."""
+"""A distributed hybrid prefix cache for KVCache; see docs/design.md."""
 
-from .errors import MissError, PoolError, PoolFullError
+from .client import PoolClient, connect
+from .core import PoolCore
+from .errors import PoolError
 from .keys import KeyChain, Namespace
 from .match import Explanation, Match
 from .pool import Pool
@@ -11,10 +13,11 @@ __all__ = [
     "KeyChain",
     "LeaseInfo",
     "Match",
-    "MissError",
     "Namespace",
     "Pool",
+    "PoolClient",
+    "PoolCore",
     "PoolError",
-    "PoolFullError",
     "PoolProtocol",
+    "connect",
 ]

@@ -9,19 +9,19 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvtransport.buffers import Arena, PageList
-from kvtransport.errors import DeadlineError, KVError, TransferCancelledError
+from kvtransport.errors import KVError, TransferCancelledError
 from kvtransport.layout import CacheLayout
 from kvtransport.manifest import new_transfer_id
 
 from .arena import PageArena
 from .core import PoolCore
 from .embedded import EmbeddedGet, EmbeddedPut
-from .errors import MissError, NamespaceError, PoolError, PoolLimitError
+from .errors import MissError, NamespaceError, PoolError
 from .keys import KeyChain, Namespace, check_tenant
 from .match import Explanation, Match
 from .protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
+from .waiting import Waiting
 
-MAX_WAITING_READERS = 4_096
 DEFAULT_PAGE_BYTES = 65_536
 
 
@@ -32,10 +32,8 @@ class _Home:
         self.core = core
         self.closed = False
         self.open: set[EmbeddedPut | EmbeddedGet] = set()
-        self._waiting: dict[tuple[str, bytes], list[asyncio.Future[None]]] = {}
-        self._waiters = 0
+        self.waiting = Waiting(core)
         self._timer: asyncio.TimerHandle | None = None
-        core.on_request = self._begun
 
     def arm(self) -> None:
         """Have deadlines enforced: call after anything that adds one."""
@@ -51,39 +49,13 @@ class _Home:
         self.open.discard(transfer)
         self.arm()
 
-    async def wait_for(self, tenant: str, request: bytes, seconds: float) -> None:
-        """Until a put with ``request`` begins; DeadlineError when none does, PoolLimitError when too many wait."""
-        if self._waiters >= MAX_WAITING_READERS:
-            raise PoolLimitError(f"{MAX_WAITING_READERS} readers wait for their puts to begin, the limit")
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiting = self._waiting.setdefault((tenant, request), [])
-        waiting.append(future)
-        self._waiters += 1
-        try:
-            await asyncio.wait_for(future, seconds)
-        except TimeoutError:
-            raise DeadlineError(f"no put of request {request.hex()} began within {seconds:.1f} s") from None
-        finally:
-            self._waiters -= 1
-            waiting.remove(future)
-            if not waiting:
-                self._waiting.pop((tenant, request), None)
-
     async def close(self) -> None:
         self.closed = True
         for transfer in tuple(self.open):
             await transfer.cancel("the pool was closed")
-        for waiting in self._waiting.values():
-            for future in waiting:
-                if not future.done():
-                    future.set_exception(TransferCancelledError("the pool was closed"))
+        self.waiting.fail(TransferCancelledError("the pool was closed"))
         self.arm()
         self.core.arena.close()
-
-    def _begun(self, tenant: str, request: bytes) -> None:
-        for future in self._waiting.get((tenant, request), ()):
-            if not future.done():
-                future.set_result(None)
 
     def _expire(self) -> None:
         self._timer = None
@@ -212,7 +184,7 @@ class Pool:
             except MissError:
                 if not wait or request is None:
                     raise
-            await self._home.wait_for(self.tenant, request, max(0.0, deadline - self.core.clock()))
+            await self._home.waiting.for_request(self.tenant, request, max(0.0, deadline - self.core.clock()))
             self._check(ns)
         try:
             transfer = EmbeddedGet(get, into, new_transfer_id(), self._home.ended)
@@ -243,7 +215,9 @@ class Pool:
         self._check()
         sources = {key: PageList.of(buffer) for key, buffer in objects.items()}
         put = self.core.begin_put_flat(
-            self.tenant, {key: pages.nbytes for key, pages in sources.items()}, deadline=self.core.clock() + DEFAULT_DEADLINE_S
+            self.tenant,
+            {key: pages.nbytes for key, pages in sources.items()},
+            deadline=self.core.clock() + DEFAULT_DEADLINE_S,
         )
         # No await from here to the commit: nobody sees it half done and the deadline cannot pass.
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,10 @@ class Link:
         """Wait until the link has ended; returns why (None: closed by this side)."""
         await asyncio.shield(self._closed)
         return self.error
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call back once when the link has ended."""
+        self._closed.add_done_callback(lambda _: callback())
 
     def open(
         self,
@@ -342,6 +346,7 @@ class Link:
         assert isinstance(call, bodies.Call)
         if len(self._serving) >= MAX_CALLS:
             self._reply(
+                connection,
                 header.offset,
                 LimitError(f"{MAX_CALLS} calls of this link are running; wait for answers", retryable=True),
             )

@@ -218,11 +218,13 @@ class Sender:
             raise DestinationError(
                 f"layer {layer} tensor {tensor} has {extent.nbytes} bytes, handed over were {start}..{stop}"
             )
-        slot = self._slots[layer, tensor]
-        if slot.handed.add(start, stop) != stop - start:
-            raise TransferError(f"layer {layer} tensor {tensor}: bytes {start}..{stop} were handed over before")
         now = self._loop.time()
         unit = Unit(layer, tensor, start, pages, now, event)
+        if start == stop:
+            unit.release(self._loop)
+            return unit
+        if self._slots[layer, tensor].handed.add(start, stop) != stop - start:
+            raise TransferError(f"layer {layer} tensor {tensor}: bytes {start}..{stop} were handed over before")
         self._left_by_layer[layer] -= stop - start
         if self._left_by_layer[layer] == 0:
             self._stats.layers[layer].ready_s = now
@@ -257,6 +259,10 @@ class Sender:
             self._send(FrameType.CANCEL, bodies.Cancel(reason=bodies.clip(reason)))
             self._end(TransferCancelledError(f"cancelled by this side: {reason or 'no reason given'}"))
         await self._settle()
+
+    async def first_of(self, other: asyncio.Future[None]) -> None:
+        """Wait until ``other`` is done or the transfer has ended, whichever comes first; raises nothing."""
+        await asyncio.wait({self._finished, other}, return_when=asyncio.FIRST_COMPLETED)
 
     # -- what the link asks --------------------------------------------------------------------
 

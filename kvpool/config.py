@@ -1,0 +1,83 @@
+"""Settings of kvpoold: a TOML file, validated; every key is documented here and in ``kvpoold --help``."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from kvtransport.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "512 MiB", "2GB" or "1048576". Raises ConfigError."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].upper() not in _UNITS:
+        raise ConfigError(f"{text!r} is not a size: write a number and a unit, such as 512MiB or 2GB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one kvpoold."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 7777
+    """Port to listen on; 0 takes any free one."""
+    memory: str = "1GiB"
+    """Memory for blocks, states and transfers, as a size; taken and pinned at the start."""
+    page_bytes: int = 65_536
+    """Bytes of one page of that memory."""
+    name: str = "kvpoold"
+    """Name shown to peers."""
+    insecure: bool = False
+    """Allow listening beyond loopback without encryption and authentication."""
+    grace_s: float = 10.0
+    """Seconds that transfers in progress get after SIGTERM."""
+    keepalive_s: float = 5.0
+    """Seconds of silence before a peer is pinged."""
+    dead_after_s: float = 15.0
+    """Seconds of silence after which a peer is given up."""
+    window_bytes: int = 64 << 20
+    """Bytes a producer may have sent and not yet seen applied, per put."""
+    prefix_floor: str = ""
+    """Blocks and states that transfer bytes never push out, as a size; default half the memory."""
+    quotas: dict[str, str] = {}
+    """Memory by tenant, as sizes."""
+    lock: bool = True
+    """Lock the memory where the system allows it."""
+
+    @property
+    def memory_bytes(self) -> int:
+        return parse_size(self.memory)
+
+
+def load(path: Path | None, overrides: dict[str, object]) -> DaemonConfig:
+    """The settings of a TOML file (None: defaults), with ``overrides`` on top; raises ConfigError naming the key."""
+    body: dict[str, object] = {}
+    if path is not None:
+        try:
+            body = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from error
+    body.update({key: value for key, value in overrides.items() if value is not None})
+    try:
+        config = msgspec.convert(body, DaemonConfig)
+    except msgspec.ValidationError as error:
+        known = ", ".join(DaemonConfig.__struct_fields__)
+        raise ConfigError(f"{path or 'settings'}: {error}; known keys: {known}") from error
+    if not 0 <= config.port <= 65_535:
+        raise ConfigError(f"port {config.port} is not in 0..65535")
+    for name in ("grace_s", "keepalive_s", "dead_after_s", "window_bytes", "page_bytes"):
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} must be above 0, got {getattr(config, name)}")
+    if config.memory_bytes <= 0:
+        raise ConfigError(f"memory must be above 0, got {config.memory!r}")
+    return config

@@ -1,0 +1,146 @@
+"""kvpoold: one node of the pool, in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvtransport.buffers import Arena
+from kvtransport.endpoint import Endpoint, EndpointConfig
+from kvtransport.errors import ConfigError, KVError
+from kvtransport.flow.spilling import SpillPolicy
+
+from .arena import PageArena
+from .config import DaemonConfig, load, parse_size
+from .core import PoolCore
+from .server import PoolServer
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+EPILOG = """
+Examples:
+
+  kvpoold --memory 8GiB
+
+  kvpoold --host 0.0.0.0 --insecure --memory 64GiB   (a network you trust, until TLS is configured)
+
+  kvpoold --config /etc/kvpoold.toml
+"""
+
+
+@app.command(epilog=EPILOG)
+def serve(
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for any free one [7777]")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory for the pool, such as 8GiB [1GiB]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name shown to peers")] = None,
+    insecure: Annotated[
+        bool | None, typer.Option(help="Listen beyond loopback without encryption", show_default=False)
+    ] = None,
+    grace_s: Annotated[float | None, typer.Option(help="Seconds for transfers in progress after SIGTERM [10]")] = None,
+) -> None:
+    """Keep KVCache for reuse: the pool's daemon.
+
+    Prints one line, "kvpoold listening on HOST:PORT", once it accepts connections. SIGTERM or Ctrl-C finishes
+    transfers in progress, a second one stops at once.
+    """
+    try:
+        settings = load(
+            config,
+            {"host": host, "port": port, "memory": memory, "name": name, "insecure": insecure, "grace_s": grace_s},
+        )
+        clean = _run(run(settings))
+    except KVError as error:
+        print(f"kvpoold: {error.message}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    raise typer.Exit(0 if clean else 1)
+
+
+def _run(work: Coroutine[Any, Any, bool]) -> bool:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    return bool(uvloop.run(work))
+
+
+async def run(config: DaemonConfig) -> bool:
+    """Serve until a signal; whether everything in progress could finish. Raises KVError when it cannot start."""
+    loop = asyncio.get_running_loop()
+    try:
+        arena = Arena(config.memory_bytes, lock="auto" if config.lock else "off", name="kvpoold")
+    except KVError as error:
+        raise ConfigError(f"memory = {config.memory}: {error.message}") from error
+    pages = PageArena(arena, config.page_bytes)
+    core = PoolCore(
+        pages,
+        clock=time.monotonic,
+        tenant_quota_bytes={tenant: parse_size(size) for tenant, size in config.quotas.items()},
+        prefix_floor_bytes=parse_size(config.prefix_floor) if config.prefix_floor else None,
+    )
+    # What the daemon sends lies in its own blocks and stays pinned: there is nothing to spill.
+    endpoint_config = EndpointConfig(
+        name=config.name,
+        insecure=config.insecure,
+        keepalive_s=config.keepalive_s,
+        dead_after_s=config.dead_after_s,
+        spill=SpillPolicy(budget_bytes=0),
+    )
+    endpoint = Endpoint(endpoint_config)
+    server = PoolServer(endpoint, core, window_bytes=config.window_bytes)
+    stops = Stops(loop)
+    try:
+        host, port = await endpoint.listen(config.host, config.port)
+        for note in arena.info.notes:
+            print(f"kvpoold: note: {note}", file=sys.stderr)
+        print(f"kvpoold listening on {host}:{port}, {arena.info.nbytes} bytes", flush=True)
+        await stops.first.wait()
+        print("kvpoold: stopping; transfers in progress may finish", file=sys.stderr)
+        draining = loop.create_task(server.drain(config.grace_s))
+        at_once = loop.create_task(stops.second.wait())
+        await asyncio.wait({draining, at_once}, return_when=asyncio.FIRST_COMPLETED)
+        clean = draining.done() and draining.result()
+        for task in (draining, at_once):
+            task.cancel()
+        if not clean:
+            print(f"kvpoold: {server.active} transfers were cut off", file=sys.stderr)
+        return clean
+    finally:
+        stops.close()
+        await server.close()
+        await endpoint.close()
+        pages.close()
+
+
+class Stops:
+    """The first and the second SIGTERM or SIGINT."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signal)
+
+    def _signal(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+    def close(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(number)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

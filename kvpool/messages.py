@@ -1,0 +1,147 @@
+"""What travels between client and daemon besides transfers: key chains, matches, explanations, arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kvtransport.errors import ProtocolError
+from kvtransport.layout import GroupKind
+
+from .errors import NamespaceError
+from .keys import KeyChain, Namespace
+from .match import Explanation, GroupReach, Match, Reason
+
+MAX_TIMEOUT_S = 3_600.0
+
+
+def chain_to_wire(chain: KeyChain | None) -> dict[str, Any] | None:
+    """The keys, and what off-grid keys are made of; None stays None."""
+    if chain is None:
+        return None
+    if chain.opaque:
+        return {"hashes": list(chain.blocks), "count": chain.tokens}
+    return {"tokens": chain.token_bytes, "extra": chain.extra}
+
+
+def chain_from_wire(ns: Namespace, body: object) -> KeyChain | None:
+    """Inverse of :func:`chain_to_wire` for a body from a peer; raises KeyChainError or ProtocolError.
+
+    Keys of tokens are computed here, not taken from the peer: what a client can address is what it can name
+    the tokens of.
+    """
+    if body is None:
+        return None
+    if not isinstance(body, dict):
+        raise ProtocolError(f"a key chain is a map, got {type(body).__name__}")
+    if "hashes" in body:
+        hashes, count = body["hashes"], body.get("count")
+        if not isinstance(hashes, list) or not isinstance(count, int):
+            raise ProtocolError("a chain of engine hashes needs a list 'hashes' and an integer 'count'")
+        return KeyChain.of_hashes(ns, hashes, count)
+    tokens, extra = body.get("tokens"), body.get("extra", b"")
+    if not isinstance(tokens, bytes) or not isinstance(extra, bytes):
+        raise ProtocolError("a key chain needs 'tokens' (bytes, little-endian u32) and 'extra' (bytes)")
+    if len(tokens) % 4:
+        raise ProtocolError(f"tokens are 4 bytes each, got {len(tokens)} bytes")
+    return KeyChain(ns, np.frombuffer(tokens, "<u4"), extra)
+
+
+def match_to_wire(match: Match) -> dict[str, Any]:
+    return {
+        "length": match.length,
+        "limit": match.limit,
+        "restorable": list(match.restorable),
+        "reach": dict(match.reach),
+    }
+
+
+def match_from_wire(body: Mapping[str, Any]) -> Match:
+    """Raises ProtocolError for a malformed answer."""
+    try:
+        reach = {str(k): int(v) for k, v in body["reach"].items()}
+        return Match(int(body["length"]), tuple(int(n) for n in body["restorable"]), reach, int(body["limit"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ProtocolError(f"not a match: {type(error).__name__} {error}") from error
+
+
+def explanation_from_wire(body: Mapping[str, Any]) -> Explanation:
+    """Inverse of :meth:`Explanation.as_dict`; raises ProtocolError for a malformed answer."""
+    try:
+        groups = tuple(
+            GroupReach(
+                str(g["group"]),
+                GroupKind(g["kind"]),
+                int(g["reach"]),
+                Reason(g["ended_by"]),
+                int(g["at"]),
+                str(g["detail"]),
+            )
+            for g in body["groups"]
+        )
+        reach = {g.group: g.reach for g in groups}
+        match = Match(int(body["length"]), tuple(int(n) for n in body["restorable"]), reach, int(body["limit"]))
+        return Explanation(match, groups, str(body["verdict"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"not an explanation: {type(error).__name__} {error}") from error
+
+
+class Args:
+    """Typed access to the arguments of a call; ProtocolError names what is missing or wrong."""
+
+    def __init__(self, verb: str, args: Mapping[str, Any]) -> None:
+        self._verb = verb
+        self._args = args
+
+    def get(self, name: str, kind: type[Any] | tuple[type[Any], ...], default: Any = ...) -> Any:
+        value = self._args.get(name, default)
+        if value is ...:
+            raise ProtocolError(f"{self._verb}: argument {name!r} is missing")
+        if value is default and name not in self._args:
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise ProtocolError(f"{self._verb}: argument {name!r} must not be a {type(value).__name__}")
+        return value
+
+    def integer(self, name: str, default: Any = ...) -> int:
+        value: int = self.get(name, int, default)
+        if value < 0:
+            raise ProtocolError(f"{self._verb}: argument {name!r} must not be negative, got {value}")
+        return value
+
+    def seconds(self, name: str, default: float = 60.0) -> float:
+        value = float(self.get(name, (int, float), default))
+        if not 0 < value <= MAX_TIMEOUT_S:
+            raise ProtocolError(
+                f"{self._verb}: argument {name!r} must be within 0..{MAX_TIMEOUT_S:g} seconds, got {value}"
+            )
+        return value
+
+    def name(self, name: str, *, optional: bool = False) -> bytes | None:
+        """16 bytes that name a transfer or a request."""
+        value = self.get(name, (bytes, type(None)), None if optional else ...)
+        if value is None and optional:
+            return None
+        if not isinstance(value, bytes) or len(value) != 16:
+            raise ProtocolError(f"{self._verb}: argument {name!r} must be 16 bytes")
+        return value
+
+    def integers(self, name: str) -> list[int]:
+        values = self.get(name, list, [])
+        if not all(type(v) is int and v >= 0 for v in values) or len(values) > 4_096:
+            raise ProtocolError(f"{self._verb}: argument {name!r} must be a list of at most 4096 non-negative integers")
+        return list(values)
+
+    def key_list(self, name: str = "keys") -> list[bytes]:
+        values = self.get(name, list)
+        if not all(isinstance(v, bytes) for v in values):
+            raise ProtocolError(f"{self._verb}: argument {name!r} must be a list of byte strings")
+        return list(values)
+
+    def namespace(self, known: Mapping[bytes, Namespace]) -> Namespace:
+        ns = known.get(self.get("ns", bytes))
+        if ns is None:
+            raise NamespaceError(f"{self._verb}: this link has not opened that namespace")
+        return ns

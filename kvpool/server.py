@@ -1,0 +1,364 @@
+"""The pool behind an endpoint: verbs in, transfers in and out.
+
+A put is a transfer the daemon *receives* straight into the blocks it allocated, a get is one it *sends* straight from
+them; a get of a request whose put is still arriving relays every range as soon as it is verified.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from kvtransport.buffers import PageList
+from kvtransport.endpoint import Endpoint
+from kvtransport.errors import KVError, ManifestError, RefusedError
+from kvtransport.layout import CacheLayout
+from kvtransport.link import Link
+from kvtransport.manifest import Manifest, new_transfer_id
+from kvtransport.receiver import Expectation
+from kvtransport.sender import Sender
+
+from .core import PoolCore
+from .errors import MissError
+from .flat import FlatGet, FlatPut
+from .get import Get
+from .keys import Namespace
+from .messages import Args, chain_from_wire, match_to_wire
+from .put import Put
+from .waiting import Waiting
+
+TICK_S = 0.1
+"""How often deadlines are looked at."""
+DEFAULT_TENANT = "default"
+
+Verb = Callable[["Session", Args], Awaitable[dict[str, Any]]]
+T = TypeVar("T")
+
+
+class Session:
+    """What one link has opened here. The tenant is the session's, never the request's."""
+
+    def __init__(self, link: Link, tenant: str) -> None:
+        self.link = link
+        self.tenant = tenant
+        self.namespaces: dict[bytes, Namespace] = {}
+        self.leases: set[int] = set()
+
+
+class PoolServer:
+    """Serves ``core`` on ``endpoint``. Belongs to the endpoint's event loop."""
+
+    def __init__(self, endpoint: Endpoint, core: PoolCore, *, window_bytes: int = 64 << 20) -> None:
+        self.core = core
+        self._endpoint = endpoint
+        self._window = window_bytes
+        self._sessions: dict[Link, Session] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._waiting = Waiting(core)
+        self._puts = 0
+        self._draining = False
+        verbs: dict[str, Verb] = {
+            "namespace": self._namespace,
+            "match": self._match,
+            "explain": self._explain,
+            "put": self._put,
+            "get": self._get,
+            "lease": self._lease,
+            "release": self._release,
+            "exists": self._exists,
+            "put_objects": self._put_objects,
+            "get_objects": self._get_objects,
+            "drop_corrupt": self._drop_corrupt,
+            "stat": self._stat,
+            "clear": self._clear,
+        }
+        for name, verb in verbs.items():
+            endpoint.handlers[name] = self._handler(name, verb)
+        self._ticker = self._spawn(self._tick())
+
+    # -- life ----------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> int:
+        """Puts and gets in progress."""
+        return self._puts + len(self._tasks) - (0 if self._ticker.done() else 1)
+
+    async def drain(self, grace_s: float) -> bool:
+        """Take no new puts and gets and wait for those in progress; whether all finished within ``grace_s``."""
+        self._draining = True
+        deadline = asyncio.get_running_loop().time() + grace_s
+        while self.active and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        return not self.active
+
+    async def close(self) -> None:
+        """Stop at once; what is in progress fails."""
+        self._draining = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.core.expire()
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _handler(self, name: str, verb: Verb) -> Callable[[Link, dict[str, Any]], Awaitable[dict[str, Any]]]:
+        async def handle(link: Link, args: dict[str, Any]) -> dict[str, Any]:
+            return await verb(self._session(link), Args(name, args))
+
+        return handle
+
+    def _session(self, link: Link) -> Session:
+        session = self._sessions.get(link)
+        if session is None:
+            session = self._sessions[link] = Session(link, DEFAULT_TENANT)
+            link.on_end(lambda: self._leave(session))
+        return session
+
+    def _leave(self, session: Session) -> None:
+        """A client is gone: its leases with it (its transfers end with the link)."""
+        self._sessions.pop(session.link, None)
+        for lease in session.leases:
+            try:
+                self.core.release(lease)
+            except KVError:
+                continue  # its deadline came first
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise RefusedError("this pool node is shutting down", retryable=True)
+
+    # -- lookups -------------------------------------------------------------------------------
+
+    async def _namespace(self, session: Session, args: Args) -> dict[str, Any]:
+        layout = CacheLayout.from_description(args.get("layout", dict), tp_rank=args.integer("tp_rank", 0))
+        ns = self.core.open_namespace(
+            session.tenant, layout, args.integer("block_tokens"), args.get("salt", bytes, b"")
+        )
+        session.namespaces[ns.id] = ns
+        return {"ns": ns.id}
+
+    async def _match(self, session: Session, args: Args) -> dict[str, Any]:
+        ns = args.namespace(session.namespaces)
+        chain = chain_from_wire(ns, args.get("chain", dict))
+        assert chain is not None
+        return match_to_wire(self.core.match(ns, chain, args.get("limit", (int, type(None)), None)))
+
+    async def _explain(self, session: Session, args: Args) -> dict[str, Any]:
+        ns = args.namespace(session.namespaces)
+        chain = chain_from_wire(ns, args.get("chain", dict))
+        assert chain is not None
+        return self.core.explain(ns, chain, args.get("limit", (int, type(None)), None)).as_dict()
+
+    async def _exists(self, session: Session, args: Args) -> dict[str, Any]:
+        return {"found": self.core.exists(session.tenant, args.key_list())}
+
+    async def _lease(self, session: Session, args: Args) -> dict[str, Any]:
+        ns = args.namespace(session.namespaces)
+        chain = chain_from_wire(ns, args.get("chain", dict))
+        assert chain is not None
+        lease = self.core.lease(ns, chain, args.integer("length"), args.seconds("seconds"))
+        session.leases.add(lease.id)
+        return {"lease": lease.id}
+
+    async def _release(self, session: Session, args: Args) -> dict[str, Any]:
+        number = args.integer("lease")
+        if number in session.leases:
+            session.leases.discard(number)
+            self.core.release(number)
+        return {}
+
+    async def _stat(self, session: Session, args: Args) -> dict[str, Any]:
+        return {**self.core.stat(), "links": len(self._endpoint.links), "transfers": self.active}
+
+    async def _clear(self, session: Session, args: Args) -> dict[str, Any]:
+        return {"entries": self.core.clear(tenant=session.tenant)}
+
+    # -- puts ----------------------------------------------------------------------------------
+
+    async def _put(self, session: Session, args: Args) -> dict[str, Any]:
+        self._check_open()
+        ns = args.namespace(session.namespaces)
+        deadline_s = args.seconds("deadline_s")
+        put = self.core.begin_put(
+            ns,
+            chain_from_wire(ns, args.get("chain", (dict, type(None)), None)),
+            boundary=args.integer("boundary"),
+            start=args.integer("start", 0),
+            checkpoints=args.integers("checkpoints"),
+            request=args.name("request", optional=True),
+            deadline=self.core.clock() + deadline_s,
+        )
+        return self._receive(
+            session, put, deadline_s, layout=ns.layout, block_tokens=ns.block_tokens, progress=put.progress
+        )
+
+    async def _put_objects(self, session: Session, args: Args) -> dict[str, Any]:
+        self._check_open()
+        keys, sizes, sums = args.key_list(), args.integers("sizes"), args.integers("checksums")
+        if not len(keys) == len(sizes) == len(sums) or len(set(keys)) != len(keys):
+            raise ManifestError("put_objects: one size and one checksum per key, and no key twice")
+        deadline_s = args.seconds("deadline_s")
+        put = self.core.begin_put_flat(
+            session.tenant, dict(zip(keys, sizes, strict=True)), deadline=self.core.clock() + deadline_s
+        )
+        return self._receive(session, put, deadline_s, checksums=dict(zip(keys, sums, strict=True)))
+
+    def _receive(
+        self,
+        session: Session,
+        put: Put | FlatPut,
+        deadline_s: float,
+        *,
+        layout: CacheLayout | None = None,
+        block_tokens: int = 0,
+        progress: Callable[[int, int, int, int], int] | None = None,
+        checksums: Mapping[bytes, int] | None = None,
+    ) -> dict[str, Any]:
+        """Expect the transfer that fills ``put``; seal commits it, any other end aborts it."""
+        transfer = new_transfer_id()
+        promised = put.manifest(transfer)
+
+        def grant(manifest: Manifest) -> Mapping[tuple[int, int], PageList]:
+            if manifest.extents != promised.extents or manifest.fingerprint != promised.fingerprint:
+                raise ManifestError("the manifest is not of the put that was asked for")
+            return put.destinations
+
+        def ranges(layer: int, tensor: int, start: int, stop: int) -> None:
+            if progress is not None:
+                progress(layer, tensor, start, stop)
+
+        def seal() -> None:
+            if isinstance(put, FlatPut):
+                put.commit(checksums)
+            else:
+                put.commit()
+
+        def end(error: KVError | None) -> None:
+            self._puts -= 1
+            put.on_failed = None
+            if error is not None:
+                put.abort(error)
+
+        try:
+            receiver = self._endpoint.expect(
+                transfer,
+                Expectation(
+                    grant,
+                    layout=layout,
+                    block_tokens=block_tokens,
+                    # The core's deadline comes first; this one is for a core that was never asked.
+                    deadline_s=deadline_s + 1.0,
+                    window_bytes=self._window,
+                    on_range=ranges,
+                    on_seal=seal,
+                    on_end=end,
+                ),
+                link=session.link,
+            )
+        except KVError as error:
+            put.abort(error)
+            raise
+        self._puts += 1
+        # Stopping the receiver ends every write into the blocks; only then are they freed (in end).
+        put.on_failed = receiver.fail
+        return {"transfer": transfer}
+
+    # -- gets ----------------------------------------------------------------------------------
+
+    async def _get(self, session: Session, args: Args) -> dict[str, Any]:
+        self._check_open()
+        ns = args.namespace(session.namespaces)
+        deadline_s = args.seconds("deadline_s")
+        deadline = self.core.clock() + deadline_s
+        request = args.name("request", optional=True)
+        transfer = args.name("transfer")
+        assert transfer is not None
+        chain = chain_from_wire(ns, args.get("chain", (dict, type(None)), None))
+        while True:
+            early = request is not None and not self.core.request_known(session.tenant, request)
+            try:
+                get = self.core.plan_get(
+                    ns,
+                    chain,
+                    boundary=args.integer("boundary"),
+                    start=args.integer("start", 0),
+                    request=request,
+                    deadline=deadline,
+                )
+                break
+            except MissError:
+                if request is None or not early:
+                    raise
+            await self._waiting.for_request(session.tenant, request, max(0.001, deadline - self.core.clock()))
+        self._send(session, get, transfer, deadline - self.core.clock())
+        return {}
+
+    async def _get_objects(self, session: Session, args: Args) -> dict[str, Any]:
+        self._check_open()
+        transfer = args.name("transfer")
+        assert transfer is not None
+        deadline_s = args.seconds("deadline_s")
+        get = self.core.plan_get_flat(session.tenant, args.key_list(), deadline=self.core.clock() + deadline_s)
+        answer = {"found": list(get.found), "checksums": list(get.checksums)}
+        if any(get.found):
+            self._send(session, get, transfer, deadline_s)
+        else:
+            get.close()
+        return answer
+
+    async def _drop_corrupt(self, session: Session, args: Args) -> dict[str, Any]:
+        """A client found an object whose bytes no longer have their checksum."""
+        return {"dropped": [self.core.drop_flat(session.tenant, key, corrupt=True) for key in args.key_list()]}
+
+    def _send(self, session: Session, get: Get | FlatGet, transfer: bytes, deadline_s: float) -> None:
+        try:
+            sender = session.link.open(get.manifest(transfer), deadline_s=max(0.001, deadline_s))
+        except KVError:
+            get.close()
+            raise
+        self._spawn(self._relay(get, sender))
+
+    async def _relay(self, get: Get | FlatGet, sender: Sender) -> None:
+        """Hand over what is there and what still comes; seal when the source is sealed; then let go of it."""
+        sealed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        get.on_failed = sender.fail
+
+        def hand_over(layer: int, tensor: int, start: int, stop: int) -> None:
+            if sender.error is None and stop > start:
+                sender.hand_over(layer, tensor, start, get.sources[layer, tensor].slice(start, stop))
+
+        def seal_seen() -> None:
+            if not sealed.done():
+                sealed.set_result(None)
+
+        try:
+            if isinstance(get, Get):
+                get.on_sealed = seal_seen
+                get.subscribe(hand_over)
+                for item in get.ready_ranges():
+                    hand_over(*item)
+                if get.error is not None:
+                    sender.fail(get.error)
+                if not get.sealed:
+                    await sender.first_of(sealed)
+            else:
+                for slot, pages in get.sources.items():
+                    hand_over(*slot, 0, pages.nbytes)
+            if sender.error is None:
+                await sender.seal()
+        except KVError:
+            pass  # the consumer knows: it was told, or it is what went away
+        finally:
+            await sender.cancel("the pool stopped sending")
+            get.on_failed = None
+            get.close()

@@ -54,6 +54,7 @@ class EndpointConfig:
     max_connections_per_link: int = 64
     max_handshakes: int = 256
     max_waiting_opens: int = 1_024
+    max_waiting_bytes: int = 64 << 20
     max_expected: int = 65_536
     chunk_bytes: int = 1 << 20
     spill: SpillPolicy = field(default_factory=SpillPolicy)
@@ -202,7 +203,7 @@ class Endpoint:
             new = True
         else:
             new = False
-            if hello.incarnation != link.peer_incarnation or hello.index >= link.wanted:
+            if hello.incarnation != link.peer_incarnation or len(link.connections) >= link.wanted:
                 raise HandshakeError("the connection does not belong to the link it names")
         handshake.say_hello(hello.link, hello.index, hello.count)
         link.join(handshake.connection, handshake.machine)
@@ -247,9 +248,10 @@ class Endpoint:
                 return
         if header.transfer in self._waiting:
             return
-        if len(self._waiting) >= self.config.max_waiting_opens:
+        waiting_bytes = sum(len(w.body.manifest) for w in self._waiting.values()) + len(body.manifest)
+        if len(self._waiting) >= self.config.max_waiting_opens or waiting_bytes > self.config.max_waiting_bytes:
             error = LimitError(
-                f"{self.config.max_waiting_opens} opened transfers wait for a consumer here already", retryable=True
+                f"{len(self._waiting)} opened transfers wait for a consumer here already", retryable=True
             )
             link.send(encode_control(FrameType.ERROR, bodies.Error.of(error), transfer=header.transfer))
             link.finish(header.transfer)

@@ -107,6 +107,9 @@ class Chunk:
     stop: int
     attempt: int = 0
     on: Connection | None = None
+    queued: bool = False
+    """Waits to go again."""
+    acked: bool = False
 
 
 @dataclass(slots=True)
@@ -163,6 +166,7 @@ class Sender:
         self._deadline_s = deadline_s
         self._timer = self._loop.call_later(deadline_s, self._expired)
         self._poller: asyncio.TimerHandle | None = None
+        self._inflight_bytes = 0
         self._sealing = False
         self._last: bytes | None = None
         self._copies: set[asyncio.Task[None]] = set()
@@ -272,7 +276,7 @@ class Sender:
 
     def next_data(self, connection: Connection) -> OutFrame | None:
         """The next chunk as a frame for ``connection``."""
-        chunk = self._retries.popleft() if self._retries else self._cut()
+        chunk = self._retry() or self._cut()
         if chunk is None:
             return None
         chunk.on = connection
@@ -286,6 +290,14 @@ class Sender:
             self._stats.resent_bytes += chunk.stop - chunk.start
         return OutFrame(head, pages, chunk, self._checksum)
 
+    def _retry(self) -> Chunk | None:
+        while self._retries:
+            chunk = self._retries.popleft()
+            chunk.queued = False
+            if not chunk.acked:  # what was lost may have been the acknowledgement only, and it was said again
+                return chunk
+        return None
+
     def _cut(self) -> Chunk | None:
         if self._machine.terminal or not self._accepted.done():
             return None
@@ -298,7 +310,8 @@ class Sender:
                     return None
                 unit.event = None
             wanted = next_cut(unit.cut, unit.stop, self._chunk_bytes)
-            n = self._credit.take(wanted, MIN_CHUNK)
+            # Rather wait for acknowledgements than send a runt; with nothing on its way there is none to wait for.
+            n = self._credit.take(wanted, MIN_CHUNK if self._inflight_bytes else 1)
             now = self._loop.time()
             if n == 0:
                 if self._stalled_since is None:
@@ -314,6 +327,7 @@ class Sender:
                 self._queue.popleft()
             self._stats.chunks += 1
             self._stats.moved_bytes += n
+            self._inflight_bytes += n
             return chunk
         return None
 
@@ -368,16 +382,22 @@ class Sender:
             slot = self._slots.get((layer, tensor))
             if slot is None:
                 raise ManifestError(f"acknowledged layer {layer} tensor {tensor}, which is not in the manifest")
-            while start < stop:
-                chunk = slot.inflight.pop(start, None)
-                if chunk is None:
-                    break  # acknowledged before: harmless
+            while start < stop and (chunk := slot.inflight.pop(start, None)) is not None:
                 start = chunk.stop
                 self._acked(chunk)
+            if start < stop and slot.inflight:
+                # A range that is said again, joined, after a connection was lost: parts of it are known already.
+                for at in sorted(at for at, c in slot.inflight.items() if start <= at and c.stop <= stop):
+                    self._acked(slot.inflight.pop(at))
 
     def _acked(self, chunk: Chunk) -> None:
+        chunk.acked = True
         unit = chunk.unit
         n = chunk.stop - chunk.start
+        self._inflight_bytes -= n
+        if chunk.on is not None and chunk.on.sending is not None and chunk.on.sending.key is chunk:
+            # Half sent again although an earlier copy arrived: its source is about to be given back.
+            chunk.on.void_outgoing()
         unit.unacked -= n
         left = self._unacked_by_layer[unit.layer] = self._unacked_by_layer[unit.layer] - n
         if left == 0:
@@ -396,7 +416,8 @@ class Sender:
         self._link.has_work(self)
 
     def _again(self, chunk: Chunk) -> None:
-        if chunk not in self._retries:
+        if not chunk.queued:
+            chunk.queued = True
             chunk.attempt += 1
             chunk.on = None
             self._retries.append(chunk)
@@ -414,14 +435,23 @@ class Sender:
 
     def _spill_waiting(self) -> None:
         now = self._loop.time()
-        for unit in list(self._queue):
+        stalled_s = 0.0
+        if not self._accepted.done():
+            stalled_s = now - (self._stats.opened_s or now)
+        elif self._stalled_since is not None:
+            stalled_s = now - self._stalled_since
+        for unit in list(self._live.values()):
             if unit.spilled is not None or unit.spilling is not None or unit.event is not None:
                 continue
-            if not self._policy.wants(waited_s=now - unit.since, credit_left=self._credit.left):
-                break  # the queue is in order of age
+            # What is on its way needs no credit, but an acknowledgement: a consumer that stands still gives neither.
+            sent = unit.cut == unit.stop
+            if not self._policy.wants(waited_s=now - unit.since, stalled_s=0.0 if sent else stalled_s):
+                if sent:
+                    continue
+                break  # in order of age
             spilled = self._area.take(unit.pages.nbytes)
             if spilled is None:
-                if self._policy.when_full is WhenFull.FAIL:
+                if self._policy.when_full is WhenFull.FAIL and not sent:
                     self.fail(
                         SpillFullError(
                             f"no credit from {self._link.peer} and the spill budget of {self._area.budget_bytes} bytes is full; "

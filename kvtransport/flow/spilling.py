@@ -17,12 +17,17 @@ class WhenFull(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SpillPolicy:
-    """``budget_bytes`` for one process; a unit spills at once without credit, or when it waited ``after_s``."""
+    """``budget_bytes`` for one process; units spill when the transfer had no credit for ``stalled_s``, or waited ``after_s``.
+
+    Not at the first moment without credit: a consumer that keeps up is always a moment behind, and copying aside what
+    would be sent a millisecond later doubled the producer's CPU.
+    """
 
     budget_bytes: int = 256 << 20
     after_s: float = 0.25
+    stalled_s: float = 0.02
     when_full: WhenFull = WhenFull.WAIT
 
-    def wants(self, *, waited_s: float, credit_left: int) -> bool:
-        """Whether a unit that still waits to be sent should be copied aside."""
-        return self.budget_bytes > 0 and (credit_left <= 0 or waited_s >= self.after_s)
+    def wants(self, *, waited_s: float, stalled_s: float) -> bool:
+        """Whether a unit should be copied aside: it ``waited_s``, its transfer was without credit for ``stalled_s``."""
+        return self.budget_bytes > 0 and (stalled_s >= self.stalled_s or waited_s >= self.after_s)

@@ -186,8 +186,9 @@ async def test_waiting_opens_are_bounded(pair, make_manifest):
     assert refused[0].retryable
 
 
-async def test_small_window_still_moves_everything(pair, hybrid, make_manifest):
-    await pair.start()
+@pytest.mark.parametrize("chunk_bytes", [64 << 10, 1 << 20])
+async def test_small_window_still_moves_everything(pair, hybrid, make_manifest, chunk_bytes):
+    await pair.start(producer=EndpointConfig(chunk_bytes=chunk_bytes))
     manifest = make_manifest(3000)
     source, target = Cache(manifest, seed=4), Cache(manifest, blank=True)
     receiver = expect(pair, manifest, target, hybrid, window_bytes=100_000)
@@ -220,9 +221,9 @@ async def test_a_full_spill_budget_waits_or_fails_as_configured(pair, hybrid, ma
     await pair.start(producer=EndpointConfig(spill=SpillPolicy(budget_bytes=1 << 20, when_full=WhenFull.FAIL)))
     manifest = make_manifest(4000)
     sender = pair.link.open(manifest)
+    hand_over_all(sender, Cache(manifest))
     with pytest.raises(KVError, match="spill budget of 1048576 bytes is full"):
-        for handover in hand_over_all(sender, Cache(manifest)):
-            await handover.released()
+        await sender.accepted()
     await sender.cancel()  # waits for copies in progress, also when the transfer has failed already
     assert pair.producer.spill_area.used_bytes == 0
 

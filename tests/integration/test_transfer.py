@@ -221,8 +221,8 @@ async def test_a_full_spill_budget_waits_or_fails_as_configured(pair, hybrid, ma
     await pair.start(producer=EndpointConfig(spill=SpillPolicy(budget_bytes=1 << 20, when_full=WhenFull.FAIL)))
     manifest = make_manifest(4000)
     sender = pair.link.open(manifest)
-    hand_over_all(sender, Cache(manifest))
     with pytest.raises(KVError, match="spill budget of 1048576 bytes is full"):
+        hand_over_all(sender, Cache(manifest))  # said here when the stall is long enough already, else below
         await sender.accepted()
     await sender.cancel()  # waits for copies in progress, also when the transfer has failed already
     assert pair.producer.spill_area.used_bytes == 0

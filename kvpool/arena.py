@@ -192,7 +192,9 @@ class PageArena:
         size = self.page_bytes
         first, last = offset // size, (offset + nbytes - 1) // size
         if offset < 0 or last >= columns:
-            raise SlabError(f"bytes {offset}..{offset + nbytes} are not inside slabs of {columns} pages of {size} bytes")
+            raise SlabError(
+                f"bytes {offset}..{offset + nbytes} are not inside slabs of {columns} pages of {size} bytes"
+            )
         out = np.empty((rows, last - first + 1, 2), dtype=np.int64)
         np.multiply(matrix[:, first : last + 1], size, out=out[:, :, 0], dtype=np.int64)
         out[:, :, 1] = size
@@ -210,4 +212,3 @@ class PageArena:
         """Give the memory back; it stays mapped while page lists over it live."""
         self._view = memoryview(b"")
         self.arena.close()
-

@@ -5,17 +5,17 @@ Everything else (the embedded :class:`kvpool.pool.Pool`, the daemon) moves the b
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from kvtransport.errors import KVError
 from kvtransport.layout import CacheLayout, Extent
 
 from .arena import BlockClass, PageArena, Slab
+from .deadlines import Deadlines, Lease
 from .errors import KeyChainError, LeaseError, MissError, NamespaceError, PoolLimitError, PrefixMissingError
 from .flat import FlatGet, FlatPut, FlatShelf
 from .get import Get
@@ -37,38 +37,12 @@ MAX_FLAT_KEYS = 65_536
 """Flat keys of one call."""
 
 
-class _Timed(Protocol):
-    deadline: float
-
-    @property
-    def closed(self) -> bool: ...
-
-    def expire(self) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Room:
     """What the core keeps of one namespace."""
 
     tree: Tree
     geometry: Geometry
-
-
-@dataclass(slots=True, eq=False)
-class Lease:
-    """A pin on what restoring ``length`` tokens needs, until ``deadline`` (seconds on the pool's clock)."""
-
-    id: int
-    length: int
-    deadline: float
-    closed: bool = False
-    _end: Callable[[], None] = lambda: None
-
-    def expire(self) -> None:
-        """End it; done by :meth:`PoolCore.release` or when the deadline passes."""
-        if not self.closed:
-            self.closed = True
-            self._end()
 
 
 class PoolCore:
@@ -99,9 +73,7 @@ class PoolCore:
         self._requests = Requests()
         self._leases: dict[int, Lease] = {}
         self._lease_ids = itertools.count(1)
-        self._timed: list[tuple[float, int, _Timed]] = []
-        self._timed_ids = itertools.count()
-        self._active = 0
+        self._deadlines = Deadlines()
         self._counts: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
 
@@ -145,7 +117,9 @@ class PoolCore:
         def ghost(group: int, position: int) -> Ghost | None:
             return tree.ghost(group, chain.key_at(position)) if 0 < position <= chain.tokens else None
 
-        others = [r.tree for r in self._rooms.values() if r.tree is not tree and r.tree.tenant == ns.tenant and len(r.tree)]
+        others = [
+            r.tree for r in self._rooms.values() if r.tree is not tree and r.tree.tenant == ns.tenant and len(r.tree)
+        ]
         elsewhere = any(len(o.find([key])) for o in others if (key := chain.first_block_in(o.ns)) is not None)
         return explain(view, self._limit(chain, limit), self.clock(), ghost, elsewhere=elsewhere)
 
@@ -181,7 +155,9 @@ class PoolCore:
         lease: Selection = []
         if chain is not None:
             if start % step:
-                raise KeyChainError(f"a put must start at a block boundary (multiples of {step} tokens), got start {start}")
+                raise KeyChainError(
+                    f"a put must start at a block boundary (multiples of {step} tokens), got start {start}"
+                )
             self._check_reach(chain, boundary, points)
             keys = chain.blocks[: boundary // step]
             tree.check_path(keys)
@@ -195,7 +171,14 @@ class PoolCore:
             lease = tree.only_resident(tree.select(path, start, None))
             tree.pin(lease)
         put = Put(
-            self, room, chain, boundary=boundary, start=start, points=points, request=request, deadline=deadline,
+            self,
+            room,
+            chain,
+            boundary=boundary,
+            start=start,
+            points=points,
+            request=request,
+            deadline=deadline,
             extents=extents,
         )
         try:
@@ -204,7 +187,7 @@ class PoolCore:
             tree.unpin(lease)
             raise
         put.lease = lease
-        self._track(put)
+        self._deadlines.add(put)
         self._counts["puts"] += 1
         self._requests.begin(put)
         if request is not None and self.on_request is not None:
@@ -269,10 +252,17 @@ class PoolCore:
         room.tree.touch(selection)
         room.tree.pin(selection)
         get = Get(
-            self, room, boundary=boundary, start=start, deadline=deadline, extents=by_slot, sources=sources,
-            pinned=selection, put=put,
+            self,
+            room,
+            boundary=boundary,
+            start=start,
+            deadline=deadline,
+            extents=by_slot,
+            sources=sources,
+            pinned=selection,
+            put=put,
         )
-        self._track(get)
+        self._deadlines.add(get)
         self._counts["gets"] += 1
         return get
 
@@ -304,16 +294,15 @@ class PoolCore:
         _, _, selection = self._restorable(tree, chain, length)
         tree.touch(selection)
         tree.pin(selection)
-        lease = Lease(next(self._lease_ids), length, self.clock() + seconds)
+        number = next(self._lease_ids)
 
         def end() -> None:
             tree.unpin(selection)
-            del self._leases[lease.id]
+            del self._leases[number]
             self._closed()
 
-        lease._end = end
-        self._leases[lease.id] = lease
-        self._track(lease)
+        lease = self._leases[number] = Lease(number, length, self.clock() + seconds, end)
+        self._deadlines.add(lease)
         return lease
 
     def release(self, lease_id: int) -> None:
@@ -337,7 +326,7 @@ class PoolCore:
         keys = [check_flat_key(k) for k in self._bounded(list(sizes))]
         slabs = self.memory.allocate(tenant, [([sizes[k] for k in keys], BlockClass.PREFIX)])
         put = FlatPut(self, shelf, dict(zip(keys, slabs, strict=True)), deadline)
-        self._track(put)
+        self._deadlines.add(put)
         self._counts["flat_puts"] += len(keys)
         return put
 
@@ -349,7 +338,7 @@ class PoolCore:
         hits = sum(get.found)
         self._counts["flat_hits"] += hits
         self._counts["flat_misses"] += len(keys) - hits
-        self._track(get)
+        self._deadlines.add(get)
         return get
 
     def drop_flat(self, tenant: str, key: bytes, *, corrupt: bool = False) -> bool:
@@ -361,21 +350,12 @@ class PoolCore:
 
     def expire(self, now: float | None = None) -> int:
         """End every put, get and lease whose deadline has passed; returns how many."""
-        now = self.clock() if now is None else now
-        ended = 0
-        while self._timed and self._timed[0][0] <= now:
-            _, _, timed = heapq.heappop(self._timed)
-            if not timed.closed:
-                timed.expire()
-                ended += 1
-        return ended
+        return self._deadlines.expire(self.clock() if now is None else now)
 
     @property
     def next_deadline(self) -> float | None:
         """When :meth:`expire` has something to do next (seconds on the pool's clock)."""
-        while self._timed and self._timed[0][2].closed:
-            heapq.heappop(self._timed)
-        return self._timed[0][0] if self._timed else None
+        return self._deadlines.next
 
     def stat(self, tenant: str | None = None) -> dict[str, Any]:
         """Sizes (bytes), entries and counters; ``tenant`` restricts groups and entries to its own."""
@@ -399,7 +379,7 @@ class PoolCore:
             "group_bytes": {**groups, "flat": sum(s.pages for s in shelves) * self.arena.page_bytes},
             "entries": dict(entries),
             "namespaces": sum(tenant is None or r.tree.tenant == tenant for r in self._rooms.values()),
-            "active": self._active,
+            "active": self._deadlines.active,
             "leases": len(self._leases),
             "requests": len(self._requests),
             "ghosts": len(self._ghosts),
@@ -421,9 +401,13 @@ class PoolCore:
     def _room(self, ns: Namespace, chain: KeyChain | None) -> Room:
         room = self._rooms.get(ns.id)
         if room is None:
-            raise NamespaceError(f"the namespace of {ns.layout.model!r} for tenant {ns.tenant!r} is not open: open it first")
+            raise NamespaceError(
+                f"the namespace of {ns.layout.model!r} for tenant {ns.tenant!r} is not open: open it first"
+            )
         if chain is not None and chain.ns.id != ns.id:
-            raise KeyChainError(f"the key chain belongs to another namespace ({chain.ns.layout.model!r}, {chain.ns.tenant!r})")
+            raise KeyChainError(
+                f"the key chain belongs to another namespace ({chain.ns.layout.model!r}, {chain.ns.tenant!r})"
+            )
         return room
 
     def _shelf(self, tenant: str) -> FlatShelf:
@@ -455,7 +439,9 @@ class PoolCore:
     @staticmethod
     def _bounded(keys: Sequence[bytes]) -> Sequence[bytes]:
         if len(keys) > MAX_FLAT_KEYS:
-            raise KeyChainError(f"{len(keys)} flat keys in one call, at most {MAX_FLAT_KEYS} are possible: split the call")
+            raise KeyChainError(
+                f"{len(keys)} flat keys in one call, at most {MAX_FLAT_KEYS} are possible: split the call"
+            )
         return keys
 
     @staticmethod
@@ -468,18 +454,13 @@ class PoolCore:
             )
 
     def _check_active(self) -> None:
-        if self._active >= MAX_ACTIVE:
-            raise PoolLimitError(f"{MAX_ACTIVE} puts, gets and leases are open, the limit: close some or try again later")
-
-    def _track(self, timed: _Timed) -> None:
-        self._active += 1
-        if len(self._timed) > 2 * self._active + 64:
-            self._timed = [entry for entry in self._timed if not entry[2].closed]
-            heapq.heapify(self._timed)
-        heapq.heappush(self._timed, (timed.deadline, next(self._timed_ids), timed))
+        if self._deadlines.active >= MAX_ACTIVE:
+            raise PoolLimitError(
+                f"{MAX_ACTIVE} puts, gets and leases are open, the limit: close some or try again later"
+            )
 
     def _closed(self) -> None:
-        self._active -= 1
+        self._deadlines.closed()
 
     def _put_ended(self, put: Put, error: KVError | None) -> None:
         """``put`` was committed or failed: its request is answered by the index, or with the error, from now on."""

@@ -201,9 +201,7 @@ class FlatGet:
     ``sources`` and :meth:`manifest` hold the found ones, in order. They stay until :meth:`close`.
     """
 
-    def __init__(
-        self, core: PoolCore, shelf: FlatShelf, entries: Iterable[FlatEntry | None], deadline: float
-    ) -> None:
+    def __init__(self, core: PoolCore, shelf: FlatShelf, entries: Iterable[FlatEntry | None], deadline: float) -> None:
         self.deadline = deadline
         self.error: KVError | None = None
         self.on_failed: Callable[[KVError], None] | None = None

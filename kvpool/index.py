@@ -377,7 +377,17 @@ class Tree:
     def _extend(self) -> None:
         """Double the columns."""
         more = max(64, self._capacity)
-        for name in ("_parent", "_position", "_children", "_resident", "_queued", "_pins", "_pages", "_touch", "_generation"):
+        for name in (
+            "_parent",
+            "_position",
+            "_children",
+            "_resident",
+            "_queued",
+            "_pins",
+            "_pages",
+            "_touch",
+            "_generation",
+        ):
             column: NDArray[Any] = getattr(self, name)
             setattr(self, name, np.concatenate([column, np.zeros((*column.shape[:-1], more), column.dtype)], axis=-1))
         self._keys.extend([b""] * more)

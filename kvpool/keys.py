@@ -162,7 +162,9 @@ class KeyChain:
     def extend(self, tokens: Tokens) -> None:
         """Append tokens; costs the hashing of the new ones only."""
         if self._opaque_tokens is not None:
-            raise KeyChainError("a chain of engine hashes cannot be extended by tokens: make a new one of all its hashes")
+            raise KeyChainError(
+                "a chain of engine hashes cannot be extended by tokens: make a new one of all its hashes"
+            )
         new = _token_bytes(tokens)
         if (len(self._tokens) + len(new)) // 4 > MAX_CHAIN_TOKENS:
             raise KeyChainError(f"a chain holds at most {MAX_CHAIN_TOKENS} tokens")

@@ -94,16 +94,15 @@ def _aligned(rule: GroupRule, present: Bools, block_tokens: int) -> Bools:
 
 def _tail_allowed(view: View, group: int, tail: Tail) -> bool:
     """Whether ``group`` allows the off-grid endpoint ``tail.position``."""
-    if not tail.resident[group]:
+    rule, stop = view.rules[group], tail.position // view.block_tokens
+    if not tail.resident[group] or stop > view.resident.shape[1]:
         return False
-    rule = view.rules[group]
     if rule.kind is GroupKind.RECURRENT:
         return True
-    stop = tail.position // view.block_tokens
     first = 0
     if rule.window is not None:
         first = max(0, tail.position - (rule.window - 1)) // view.block_tokens
-    return stop <= view.resident.shape[1] and bool(view.resident[group, first:stop].all())
+    return bool(view.resident[group, first:stop].all())
 
 
 def endpoints(view: View, groups: Sequence[int] | None = None) -> list[int]:
@@ -246,12 +245,10 @@ def _explain_group(view: View, group: int, found: Match, now: float, ghost: Ghos
             detail = f"blocks are there up to {min(len(present), wanted) * step}, but no state beyond {reach}"
             return GroupReach(rule.name, rule.kind, reach, Reason.NO_CHECKPOINT, reach, detail)
         missing = len(present)
+    elif rule.window is None:
+        missing = reach // step
     else:
-        # What keeps it from one block more: a gap in the window before that endpoint, or the block itself.
-        after = reach // step
-        needed = 1 if rule.window is None else -(-(rule.window - 1) // step)
-        window = range(max(0, after + 1 - needed), after + 1)
-        missing = next((i for i in window if i >= len(present) or not present[i]), after)
+        missing = _missing_of_window(present, group, reach // step, wanted, -(-(rule.window - 1) // step), step, ghost)
     position = (missing + 1) * step
     gone = ghost(group, position)
     if gone is not None:
@@ -260,6 +257,25 @@ def _explain_group(view: View, group: int, found: Match, now: float, ghost: Ghos
         detail = "the same tokens are stored under another layout, revision, dtype, block size or salt"
         return GroupReach(rule.name, rule.kind, reach, Reason.OTHER_FINGERPRINT, 0, detail)
     return GroupReach(rule.name, rule.kind, reach, Reason.NEVER_STORED, missing * step)
+
+
+def _missing_of_window(
+    present: Bools, group: int, after: int, wanted: int, needed: int, step: int, ghost: GhostLookup
+) -> int:
+    """The block whose absence best explains why a window of ``needed`` blocks ends no later than after block ``after``.
+
+    That is one that was evicted, of the first endpoint whose whole window once was there; else the one
+    that keeps it from one block more.
+    """
+    there = np.zeros(wanted, dtype=np.bool_)
+    there[: len(present)] = present[:wanted]
+    lost = [i for i in np.flatnonzero(~there).tolist() if ghost(group, (i + 1) * step) is not None]
+    once = there.copy()
+    once[lost] = True
+    ends = np.flatnonzero(_run_lengths(once) >= np.minimum(np.arange(1, wanted + 1), needed))
+    ends = ends[ends >= after]
+    end = int(ends[0]) if len(ends) else after
+    return next(i for i in range(max(0, end + 1 - needed), end + 1) if not there[i])
 
 
 def _gone(ghost: Ghost, now: float, position: int) -> str:

@@ -92,5 +92,7 @@ class Memory:
 
     def _evict(self, tenant: str | None, why: str) -> None:
         if not self._lru.evict(tenant, why):
-            raise PoolFullError("nothing is left to evict although the pool counted on it: this is a defect, please report it")
+            raise PoolFullError(
+                "nothing is left to evict although the pool counted on it: this is a defect, please report it"
+            )
         self.evictions[why] += 1

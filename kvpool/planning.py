@@ -40,9 +40,7 @@ def follow(
     What lies before the put's start comes from the index; MissError when it is not (all) there.
     """
     step, start = tree.ns.block_tokens, put.start
-    early = [
-        Extent(e.layer, e.tensor, e.unit, spans) for e in extents.values() if (spans := before(e.spans, start))
-    ]
+    early = [Extent(e.layer, e.tensor, e.unit, spans) for e in extents.values() if (spans := before(e.spans, start))]
     selection: Selection = []
     lists: dict[Slot, PageList] = {}
     if early:

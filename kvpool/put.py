@@ -81,6 +81,7 @@ class Put:
         self.lease: Selection = []
         self._kept: Selection = []
         self._spare: list[Slab] = []
+        self._over = False
 
     # -- describing ------------------------------------------------------------------------------
 
@@ -100,9 +101,7 @@ class Put:
         """For every extent of the manifest the pages it goes to, in its byte space."""
         arena = self._core.arena
         if self.transfer_slab is None:
-            return page_lists(
-                arena, self._room.geometry, self.ns.block_tokens, self.extents.values(), self.held
-            )
+            return page_lists(arena, self._room.geometry, self.ns.block_tokens, self.extents.values(), self.held)
         lists, at = {}, 0
         for slot, extent in self.extents.items():
             lists[slot] = arena.pages(self.transfer_slab, at, at + extent.nbytes)
@@ -250,7 +249,8 @@ class Put:
         tree.unpin(self.lease)
         self._kept, self.lease = [], []
         self._core._free(self.ns.tenant, slabs)
-        if self.closed:
+        if self.closed and not self._over:
+            self._over = True
             self.__dict__.pop("destinations", None)
             self._core._put_closed(self)
 
@@ -303,6 +303,7 @@ def _columns(
     for name in ("tails", "states"):
         off = [p for p in getattr(first, name) if p % step]
         if off:
-            out.append((np.array([tails[p] for p in off], dtype=np.int32), [[getattr(h, name)[p] for p in off] for h in held]))
+            out.append(
+                (np.array([tails[p] for p in off], dtype=np.int32), [[getattr(h, name)[p] for p in off] for h in held])
+            )
     return out
-

@@ -50,7 +50,9 @@ class Requests:
         if put.request is None or self._open.get((put.ns.tenant, put.request)) is not put:
             return
         if error is None and put.chain is None:
-            error = MissError(f"request {put.request.hex()} has been read, or its deadline has passed: its bytes are gone")
+            error = MissError(
+                f"request {put.request.hex()} has been read, or its deadline has passed: its bytes are gone"
+            )
         name = (put.ns.tenant, put.request)
         del self._open[name]
         self._finished[name] = error

@@ -153,7 +153,8 @@ class Crew:
         """Await ``work``; as soon as a child fails, cancel it and raise the cause instead."""
         task = asyncio.get_running_loop().create_task(work)
         try:
-            await asyncio.wait({task, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {task, self._failed}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if task.done() and self._settling is not None and not self._failed.done():
                 await asyncio.wait({self._failed})
             if self._failed.done():
@@ -177,10 +178,6 @@ class Crew:
             self._signal(signal.SIGKILL)
             if watchers:
                 await asyncio.wait(watchers)
-
-    def kill(self) -> None:
-        """SIGKILL to all, for a second Ctrl-C."""
-        self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
         for child in self.children:
@@ -236,6 +233,40 @@ class Crew:
         if not self._failed.done():
             deaths = [error for cause, error in self._failures if cause]
             self._failed.set_exception(deaths[0] if deaths else self._failures[0][1])
+
+
+def supervise(work: Callable[[Crew], Coroutine[Any, Any, T]]) -> T:
+    """Run ``work`` with a crew of its own to its end, and the crew's with it; the way into this module for a command.
+
+    SIGINT and SIGTERM end everything in order, a second one at once; then KeyboardInterrupt or SystemExit is raised.
+    Raises what ``work`` raises, ProcessDiedError when a child ends early, and what a child reports as its error.
+    """
+    received: list[signal.Signals] = []
+
+    async def main() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def interrupted(number: signal.Signals) -> None:
+            received.append(number)
+            task.cancel()
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, interrupted, number)
+        try:
+            async with Crew() as crew:
+                return await crew.run(work(crew))
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        if signal.SIGINT in received:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:

@@ -7,12 +7,12 @@ as soon as it is computed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Self
 
 from kvtransport.buffers import PageList
 from kvtransport.layout import Extent
-from kvtransport.transfer import OutgoingTransfer
+from kvtransport.transfer import IncomingTransfer, OutgoingTransfer
 
 from .memory import EngineMemory, check, fill
 from .plan import Plan, by_layer, stats_dict
@@ -42,8 +42,10 @@ async def handle(channel: Channel, plan: Plan, memory: EngineMemory, route: Prod
     channel.emit("matched", number=number, start=start)
     # Opened first: the put holds the prefix, so that it cannot be evicted before it is fetched.
     transfer = await route.open(number, start)
+    prefix = None
     try:
-        prefix = await fetch(plan, memory, route, cache, number, start) if start else None
+        if start:
+            prefix = await Prefix.fetch(plan, memory, route, cache, number, start)
         computing = clock()
         extents = plan.extents(start)
         ready = await produce(
@@ -53,10 +55,14 @@ async def handle(channel: Channel, plan: Plan, memory: EngineMemory, route: Prod
             cache,
             plan.layer_ms / 1e3 * (plan.tokens - start) / plan.tokens,
             lambda layer, at: channel.emit("ready", number=number, layer=layer, at=at),
+            before=None if prefix is None else prefix.layer,
         )
         await transfer.seal()
+        fetched = None if prefix is None else await prefix.result()
     finally:
         await transfer.cancel("prefill gave the request up")
+        if prefix is not None:
+            await prefix.transfer.cancel("prefill gave the prefix up")
     channel.emit(
         "done",
         number=number,
@@ -65,28 +71,52 @@ async def handle(channel: Channel, plan: Plan, memory: EngineMemory, route: Prod
         computing_s=computing,
         sealed_s=clock(),
         ready_s=ready,
-        prefix=prefix,
+        prefix=fetched,
         sent=stats_dict(transfer.stats),
         pool=await route.stat(),
     )
 
 
-async def fetch(
-    plan: Plan, memory: EngineMemory, route: ProducerRoute, cache: SyntheticCache, number: int, length: int
-) -> dict[str, Any]:
-    """Receive the matched prefix into engine memory and check its content."""
-    begun = clock()
-    extents = plan.layout.extents(length, align=plan.block_tokens)
-    into = memory.place(extents)
-    transfer = await route.fetch(number, length, into)
-    try:
-        await transfer.sealed()
-        arrived = clock()
-        for layer, own in by_layer(extents).items():
-            await asyncio.to_thread(check, into, cache, own, f"the prefix from the pool, layer {layer}")
-    finally:
-        await transfer.cancel("prefill gave the prefix up")
-    return {"tokens": length, "seconds": arrived - begun, "content_verified": True, **stats_dict(transfer.stats)}
+class Prefix:
+    """The matched prefix on its way into engine memory: a layer of it is needed when that layer is computed, not earlier."""
+
+    def __init__(
+        self,
+        transfer: IncomingTransfer,
+        extents: Sequence[Extent],
+        into: Mapping[tuple[int, int], PageList],
+        cache: SyntheticCache,
+        length: int,
+    ) -> None:
+        self.transfer = transfer
+        self._extents = by_layer(extents)
+        self._into = into
+        self._cache = cache
+        self._length = length
+        self._begun = clock()
+
+    @classmethod
+    async def fetch(
+        cls, plan: Plan, memory: EngineMemory, route: ProducerRoute, cache: SyntheticCache, number: int, length: int
+    ) -> Self:
+        """Begin to fetch ``length`` tokens and the states there."""
+        extents = plan.layout.extents(length, align=plan.block_tokens)
+        into = memory.place(extents)
+        return cls(await route.fetch(number, length, into), extents, into, cache, length)
+
+    async def layer(self, layer: int) -> None:
+        """Wait until a layer of the prefix is there, and check its content."""
+        await self.transfer.layer(layer)
+        await asyncio.to_thread(
+            check, self._into, self._cache, self._extents[layer], f"layer {layer} of the prefix from the pool"
+        )
+
+    async def result(self) -> dict[str, Any]:
+        """What came, once everything did; every layer was checked by then."""
+        await self.transfer.sealed()
+        stats = self.transfer.stats
+        seconds = clock() - self._begun if stats.sealed_s is None else stats.sealed_s - self._begun
+        return {"tokens": self._length, "seconds": seconds, "content_verified": True, **stats_dict(stats)}
 
 
 async def produce(
@@ -96,10 +126,17 @@ async def produce(
     cache: SyntheticCache,
     layer_s: float,
     on_ready: Callable[[int, float], None],
+    *,
+    before: Callable[[int], Awaitable[None]] | None = None,
 ) -> list[tuple[int, float]]:
-    """Compute layer after layer, each in ``layer_s`` seconds or more; returns (layer, when it was ready)."""
+    """Compute layer after layer, each in ``layer_s`` seconds or more; returns (layer, when it was ready).
+
+    ``before(layer)`` is awaited before a layer is computed.
+    """
     ready: list[tuple[int, float]] = []
     for layer, own in by_layer(extents).items():
+        if before is not None:
+            await before(layer)
         due = clock() + layer_s
         await asyncio.to_thread(_compute, placed, cache, own)
         await asyncio.sleep(max(0.0, due - clock()))

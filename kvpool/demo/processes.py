@@ -79,7 +79,9 @@ class Child:
             async with asyncio.timeout(timeout_s):
                 return await self._queue(event).get()
         except TimeoutError:
-            raise DeadlineError(f"{self.name} did not say {event!r} within {timeout_s:g} s", fault=Fault.REMOTE) from None
+            raise DeadlineError(
+                f"{self.name} did not say {event!r} within {timeout_s:g} s", fault=Fault.REMOTE
+            ) from None
 
     def deliver(self, event: dict[str, Any]) -> None:
         self._queue(str(event.get("event"))).put_nowait(event)

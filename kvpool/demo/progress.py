@@ -12,8 +12,7 @@ from rich.text import Text
 
 from .plan import Plan
 
-REFRESH_HZ = 12.0
-_CELLS = {"": ("·", "dim"), "reused": ("▒", "cyan"), "ready": ("█", "green"), "applied": ("▒", "yellow"), "consumed": ("█", "blue")}
+_CELLS = {"": ("·", "dim"), "ready": ("█", "green"), "applied": ("▒", "yellow"), "consumed": ("█", "blue")}
 
 
 class Progress:

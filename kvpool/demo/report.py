@@ -18,12 +18,15 @@ from kvtransport.layout import Extent
 from .plan import Plan
 
 
-def request_report(plan: Plan, prefill: Mapping[str, Any], decode: Mapping[str, Any], origin_s: float) -> dict[str, Any]:
+def request_report(
+    plan: Plan, prefill: Mapping[str, Any], decode: Mapping[str, Any], origin_s: float
+) -> dict[str, Any]:
     """One request, from the ``done`` events of both processes; times relative to ``origin_s``.
 
     ``streamed_bytes`` is what went from prefill to decode while it was computed (a checkpoint stays in the pool, the
     prefix came from there). ``on_the_way_s`` is how long some layer was ready at prefill and not yet applied at decode;
-    the part of it after prefill had ended is ``exposed_s``, the rest was hidden behind compute.
+    the part of it after prefill had ended is ``exposed_s``, the rest was hidden behind compute. ``goodput_gbps`` is
+    ``streamed_bytes`` over ``on_the_way_s``: a prefix that is fetched at the same time shares the wire and is not in it.
     """
     number, start = int(prefill["number"]), int(prefill["start"])
     ready, first = dict(prefill["ready_s"]), dict(decode["first_byte_s"])
@@ -85,7 +88,11 @@ def request_report(plan: Plan, prefill: Mapping[str, Any], decode: Mapping[str, 
 
 
 def demo_report(
-    plan: Plan, requests: Sequence[Mapping[str, Any]], memory: Mapping[str, int], pool: Mapping[str, Any], origin_s: float
+    plan: Plan,
+    requests: Sequence[Mapping[str, Any]],
+    memory: Mapping[str, int],
+    pool: Mapping[str, Any],
+    origin_s: float,
 ) -> dict[str, Any]:
     """The whole: ``memory`` in bytes by process, ``pool`` as its stat() at the end (empty without one)."""
     return {
@@ -142,7 +149,8 @@ def _covered(spans: Iterable[tuple[float, float]]) -> float:
 def render(console: Console, report: Mapping[str, Any]) -> None:
     """The table at the end."""
     requests = report["requests"]
-    table = Table(title=_title(report), title_justify="left", title_style="bold")
+    console.print(_title(report), style="bold")
+    table = Table()
     table.add_column("")
     for request in requests:
         table.add_column(f"request {request['number']}", justify="right")
@@ -154,11 +162,13 @@ def render(console: Console, report: Mapping[str, Any]) -> None:
         hit = second["prefix_hit"]
         console.print(
             f"Prefix hit: {hit['tokens']:,} of {second['tokens']:,} tokens came from the pool. {_mb(hit['bytes_not_sent'])} were "
-            f"neither computed nor sent again, and prefill took {second['prefill_s']:.2f} s instead of {first['prefill_s']:.2f} s."
+            f"neither computed nor sent again; prefill took {second['prefill_s']:.2f} s instead of {first['prefill_s']:.2f} s.",
+            soft_wrap=True,
         )
     console.print(
         f"Every byte verified: {report['totals']['checksums_verified']:,} chunk checksums, and the content of every layer "
-        "recomputed from the tokens at decode."
+        "recomputed from the tokens at decode.",
+        soft_wrap=True,
     )
 
 
@@ -178,12 +188,19 @@ def _rows(report: Mapping[str, Any], requests: Sequence[Mapping[str, Any]]) -> I
     yield "sent by prefill, with checkpoints", each(lambda r: _mb(r["sent_bytes"]))
     yield "received by decode", each(lambda r: _mb(r["received_bytes"]))
     if any(r["prefix_hit"]["tokens"] for r in requests):
-        yield "prefix fetched by prefill", each(lambda r: _rate(r["prefix_hit"]["fetched_bytes"], r["prefix_hit"]["fetch_gbps"]))
+        yield (
+            "prefix fetched by prefill",
+            each(lambda r: _rate(r["prefix_hit"]["fetched_bytes"], r["prefix_hit"]["fetch_gbps"])),
+        )
     yield "prefill", each(lambda r: f"{r['prefill_s']:.3f} s")
+    yield "from the match to the last layer consumed", each(lambda r: f"{r['time_to_decode_s']:.3f} s")
     yield "layers on their way to decode", each(lambda r: f"{r['on_the_way_s']:.3f} s")
     yield "  hidden behind compute", each(lambda r: "-" if r["hidden_share"] is None else f"{r['hidden_share']:.1%}")
     yield "  exposed after prefill", each(lambda r: f"{r['exposed_s'] * 1e3:.1f} ms")
-    yield "goodput while on their way", each(lambda r: "-" if r["goodput_gbps"] is None else f"{r['goodput_gbps']:.2f} Gbps")
+    yield (
+        "goodput while on their way",
+        each(lambda r: "-" if r["goodput_gbps"] is None else f"{r['goodput_gbps']:.2f} Gbps"),
+    )
     for key, name in (
         ("sent_by_prefill", "checksums verified, of prefill's chunks"),
         ("received_by_prefill", "checksums verified by prefill"),

@@ -6,12 +6,17 @@ import asyncio
 import gc
 import os
 
+import hypothesis
 import numpy as np
 import pytest
 
 from kvtransport.buffers import PageList
 from kvtransport.layout import CacheGroup, CacheLayout, GroupKind, TensorSpec
 from kvtransport.manifest import Manifest, new_transfer_id
+
+# The same examples on every run: a property test that fails must fail again. Timing is the benchmarks' business.
+hypothesis.settings.register_profile("project", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("project")
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +95,7 @@ def nothing_left_behind():
     yield
     gc.collect()
     if before:
-        after = {fd for fd in os.listdir("/proc/self/fd")}
+        after = set(os.listdir("/proc/self/fd"))
         leaked = [f"{fd}: {_target(fd)}" for fd in after - before if "socket" in _target(fd)]
         assert not leaked, f"sockets left open: {leaked}"
 

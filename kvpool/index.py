@@ -15,6 +15,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ Selection = list[tuple[int, Nodes]]
 
 ROOT = -1
 _NO_NODES: Nodes = np.empty(0, dtype=np.int32)
-_FIND_STEP = 256
+_FIND_FIRST = 128
+"""Keys looked up before looking whether to go on; four times as many each time."""
 
 
 class Tree:
@@ -98,23 +100,24 @@ class Tree:
     def find(self, keys: Sequence[bytes]) -> Nodes:
         """The nodes of the longest known prefix of the chain ``keys``."""
         found: list[Nodes] = []
-        parent, step = ROOT, self.ns.block_tokens
-        for at in range(0, len(keys), _FIND_STEP):
-            part = keys[at : at + _FIND_STEP]
-            nodes = np.fromiter((self._ids.get(k, ROOT) for k in part), np.int32, len(part))
+        parent, step, at, size = ROOT, self.ns.block_tokens, 0, _FIND_FIRST
+        get = self._ids.get
+        while at < len(keys):
+            part = keys[at : at + size]
+            nodes = np.fromiter(map(get, part, repeat(ROOT)), np.int32, len(part))
             known = nodes >= 0
-            count = int(np.argmin(known)) if not known.all() else len(part)
-            nodes = nodes[:count]
+            if not known.all():
+                nodes = nodes[: int(np.argmin(known))]
             # An opaque key may be known under another parent, or as a tail: then this is not its chain.
-            parents = np.r_[np.int32(parent), nodes[:-1]]
-            right = self._parent[nodes] == parents
-            right &= self._position[nodes] == (np.arange(at + 1, at + count + 1, dtype=np.int64)) * step
+            right = self._position[nodes] == np.arange(at + 1, at + len(nodes) + 1, dtype=np.int64) * step
+            right[1:] &= self._parent[nodes[1:]] == nodes[:-1]
+            right[:1] &= self._parent[nodes[:1]] == parent
             if not right.all():
                 nodes = nodes[: int(np.argmin(right))]
             found.append(nodes)
             if len(nodes) < len(part):
                 break
-            parent = int(nodes[-1])
+            parent, at, size = int(nodes[-1]), at + size, size * 4
         return np.concatenate(found) if found else _NO_NODES
 
     def find_tail(self, chain: KeyChain, position: int, path: Nodes) -> int | None:

@@ -12,6 +12,7 @@ group alone would allow: per-group maxima need not be a length that all of them 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -124,11 +125,13 @@ def restorable(view: View) -> list[int]:
 
 def match(view: View, limit: int) -> Match:
     """The restorable lengths up to ``limit`` tokens and the largest of them."""
-    lengths = tuple(n for n in restorable(view) if n <= limit)
-    reach = {
-        rule.name: max((n for n in endpoints(view, [g]) if n <= limit), default=0) for g, rule in enumerate(view.rules)
-    }
-    return Match(lengths[-1] if lengths else 0, lengths, reach, limit)
+    lengths = _up_to(restorable(view), limit)
+    reach = {rule.name: max(_up_to(endpoints(view, [g]), limit)[-1:], default=0) for g, rule in enumerate(view.rules)}
+    return Match(lengths[-1] if lengths else 0, tuple(lengths), reach, limit)
+
+
+def _up_to(ascending: list[int], limit: int) -> list[int]:
+    return ascending[: bisect_right(ascending, limit)]
 
 
 # -- explaining ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from .wire import bodies
 from .wire.frames import (
     DEFAULT_LIMITS,
     HEADER_BYTES,
+    MAGIC,
     Flag,
     FrameType,
     Header,
@@ -132,8 +133,12 @@ class Connection:
                 if pages is not None:
                     n = self._took(pages, n)
                 self._head_at += n
-                if self._pages is None and self._head_at == HEADER_BYTES:
-                    self._begin()
+                if self._pages is None:
+                    if self._head_at == HEADER_BYTES:
+                        self._begin()
+                    elif self._head_at >= len(MAGIC) and not self._head.startswith(MAGIC):
+                        # A stranger may never send 64 bytes: the four it sent say enough.
+                        unpack_header(self._head, self._limits)
         except KVError as error:
             self.refuse(error)
         except EOFError:

@@ -20,6 +20,7 @@ from .errors import (
     InsecureBindError,
     KVError,
     LimitError,
+    PeerLostError,
     ProtocolError,
 )
 from .flow.spilling import SpillPolicy
@@ -278,6 +279,13 @@ class Endpoint:
             if waiting.link is link:
                 waiting.timer.cancel()
                 del self._waiting[transfer]
+        # What only this peer could have sent will not come any more.
+        gone = link.error or PeerLostError(
+            "the link this transfer was to come by was closed by this side", fault=Fault.LOCAL
+        )
+        for receiver, only in list(self._expected.values()):
+            if only is link:
+                receiver.on_link_lost(gone)
 
     def handshake_over(self, handshake: _Handshake) -> None:
         self._handshakes.discard(handshake)
@@ -346,13 +354,13 @@ class _Handshake:
             self.done.set_result(None)
 
     def _expired(self) -> None:
-        self.connection.fail(
+        # Said to the peer too, which may be wondering: it may have sent a part of a frame and wait for the answer.
+        self.connection.refuse(
             HandshakeError(
                 f"{self.connection.stream.peer} did not complete the handshake within "
                 f"{self._endpoint.config.handshake_timeout_s:g} s; is it a kvtransport port?",
                 fault=Fault.REMOTE,
-            ),
-            abort=True,
+            )
         )
 
     # -- kvtransport.connection.Owner ----------------------------------------------------------

@@ -61,12 +61,16 @@ class LoopThread:
         except KVError:
             work.close()
             raise
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        except RuntimeError:
+            work.close()
+            raise TransferError("the event loop was stopped") from None
         try:
             return future.result(timeout_s)
         except concurrent.futures.TimeoutError:
             if future.done():
-                raise  # the work itself raised it
+                return future.result()  # done at the last moment, or the work itself raised it
             future.cancel()
             raise DeadlineError(f"not done within {timeout_s:g} s", fault=Fault.LOCAL) from None
         except concurrent.futures.CancelledError:
@@ -123,6 +127,7 @@ class SyncHandover:
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the source memory may be reused. Raises what was wrong with the unit, DeadlineError."""
+        self._thread.check()
         try:
             handover = self._future.result(timeout_s)
         except concurrent.futures.TimeoutError:
@@ -169,7 +174,10 @@ class SyncOutgoing:
             except KVError as error:
                 future.set_exception(error)
 
-        self._thread.loop.call_soon_threadsafe(hand_over)
+        try:
+            self._thread.loop.call_soon_threadsafe(hand_over)
+        except RuntimeError:
+            raise TransferError("the event loop was stopped") from None
         return SyncHandover(self._thread, future)
 
     def seal(self, timeout_s: float | None = None) -> None:

@@ -6,7 +6,7 @@
     └── PoolError
         ├── KeyChainError          a key, chain or tenant name is not usable       local
         ├── NamespaceError         unknown namespace, or too many of them          local
-        ├── MissError              not in the pool (or not restorable)             remote, retryable
+        ├── MissError              not in the pool (or not restorable)             remote
         ├── PrefixMissingError     a put starts where nothing is stored            remote, retryable
         ├── PoolFullError          no memory, and nothing that may be evicted      remote, retryable
         │   └── QuotaError         the tenant's own quota is the limit             remote, retryable
@@ -38,7 +38,6 @@ class MissError(PoolError):
 
     code = "miss"
     default_fault = Fault.REMOTE
-    default_retryable = True
 
     def __init__(
         self, message: str, *, fault: Fault | None = None, retryable: bool | None = None, restorable: int = 0

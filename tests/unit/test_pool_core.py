@@ -27,7 +27,7 @@ from kvtransport.errors import (
     TransferError,
 )
 from kvtransport.layout import GroupKind
-from tests.poolkit import LAYOUTS, STEP, check_get, check_idle, check_sources, content, fill, make_core, store
+from tests.poolkit import LAYOUTS, STEP, check_get, check_idle, check_sources, content, fill, make_core, scribble, store
 
 TOKENS = np.random.default_rng(7).integers(0, 50_000, 400).tolist()
 DENSE_PAGE = 448
@@ -414,6 +414,46 @@ def test_leaves_go_before_their_parents():
     check_idle(core)
 
 
+def test_leaves_go_first_even_when_they_are_newer():
+    core = make_core(pages=64, page_bytes=DENSE_PAGE)
+    ns = core.open_namespace("t", LAYOUTS["dense"], STEP)
+    store(core, ns, TOKENS, 320)
+    tree = core._rooms[ns.id].tree
+    path = tree.find(KeyChain(ns, TOKENS).blocks)
+    tree.touch([(tree.full, path[10:])])
+    for _ in range(4):
+        assert core._lru.evict(None, "test")
+    assert core.match(ns, KeyChain(ns, TOKENS)).length == 320 - 4 * STEP
+    check_idle(core)
+
+
+def test_a_checkpoint_off_the_grid_goes_as_a_whole():
+    for unit in range(3):
+        core = make_core()
+        ns = core.open_namespace("t", LAYOUTS["hybrid"], STEP)
+        store(core, ns, TOKENS, 40)
+        tree = core._rooms[ns.id].tree
+        chain = KeyChain(ns, TOKENS)
+        node = tree.find_tail(chain, 40, tree.find(chain.blocks))
+        tree.evict(unit, node, "test")
+        core._lru.forget("t", 1)
+        assert core.stat()["entries"]["tails"] == 0
+        assert core.stat()["entries"]["nodes"] == 2
+        check_idle(core)
+
+
+def test_the_prefix_of_a_put_stays_while_it_arrives(core, ns):
+    store(core, ns, TOKENS, 64)
+    put = begin(core, ns, boundary=120, start=64)
+    core.clear()
+    scribble(core)
+    fill(put, TOKENS)
+    put.commit()
+    assert lengths(core, ns)[-1] == 120
+    check_get(core, ns, TOKENS, 120)
+    check_idle(core)
+
+
 def test_states_and_windows_age_on_their_own():
     core = make_core(pages=40)
     ns = core.open_namespace("t", LAYOUTS["hybrid"], STEP)
@@ -570,6 +610,7 @@ def test_what_is_being_read_stays():
     for i in range(6):
         store(core, ns, [i, *TOKENS], 100)
     core.clear()
+    scribble(core)
     check_sources(reader.sources, reader.extents.values(), TOKENS)
     reader.close()
     reader.close()
@@ -655,6 +696,7 @@ def test_reading_behind_a_put(name, put_start, get_start, boundary):
     assert sealed
     assert reader.sealed
     core.clear()  # everything the reader needs is kept
+    scribble(core)
     check_sources(reader.sources, reader.extents.values(), TOKENS)
     reader.close()
     check_idle(core)
@@ -667,8 +709,7 @@ def test_a_follower_of_a_duplicate_reads_the_new_copy(core, ns):
     fill(put, TOKENS)
     put.commit()
     core.clear()
-    for i in range(5):
-        store(core, ns, [i, *TOKENS], 200)
+    scribble(core)
     check_sources(reader.sources, reader.extents.values(), TOKENS)
     reader.close()
     check_idle(core)

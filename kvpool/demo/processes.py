@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from kvtransport.bench.environment import child_environment
 from kvtransport.errors import DeadlineError, Fault, KVError, error_from_dict
 
 T = TypeVar("T")
@@ -145,6 +146,7 @@ class Crew:
             stderr=asyncio.subprocess.PIPE,
             limit=MAX_LINE_BYTES,
             start_new_session=True,
+            env=child_environment(),
         )
         child = Child(name, process, on_event)
         self.children.append(child)

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from rich.console import Console
@@ -30,6 +29,7 @@ from .. import presets
 from ..buffers import native_available
 from ..errors import ConfigError, DeadlineError, RemoteError, error_from_dict
 from ..manifest import Manifest, new_transfer_id
+from .environment import child_environment
 from .loopback_memory import default_buffer_bytes, page_sizes
 
 START_S = 120.0
@@ -98,16 +98,13 @@ class _Process:
 
     def __init__(self, role: str, config: Mapping[str, Any]) -> None:
         self.role = role
-        # The worker must find this package however this process found it (installed, or a source tree as cwd).
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
         self._stderr: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kvtransport.bench.loopback_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env={**os.environ, "PYTHONPATH": path},
+            env=child_environment(),
         )
         self._buffer = b""
         self.inbox: list[dict[str, Any]] = []

@@ -216,12 +216,15 @@ class Endpoint:
     def expect(self, transfer: bytes, wanted: Expectation, *, link: Link | None = None) -> Receiver:
         """Expect the producer of ``transfer`` (16 bytes) to open it; with ``link``, only over that link.
 
-        Raises LimitError when too many are expected, ProtocolError when this one is expected already.
+        Raises LimitError when too many are expected, ProtocolError when this one is expected already, the link's
+        error when it has ended.
         """
         if len(transfer) != 16:
             raise ProtocolError(f"a transfer is named by 16 bytes, got {len(transfer)}", fault=Fault.LOCAL)
         if transfer in self._expected:
             raise ProtocolError(f"transfer {transfer.hex()} is expected already", fault=Fault.LOCAL)
+        if link is not None and link.closed:
+            raise link.error or PeerLostError("this link was closed by this side", fault=Fault.LOCAL)
         if len(self._expected) >= self.config.max_expected:
             raise LimitError(
                 f"{self.config.max_expected} transfers are expected already", fault=Fault.LOCAL, retryable=True

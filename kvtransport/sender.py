@@ -153,6 +153,8 @@ class Sender:
         self._unacked_by_layer = dict(self._left_by_layer)
         self._queue: deque[Unit] = deque()
         self._live: dict[int, Unit] = {}
+        self._held: dict[int, Unit] = {}
+        """Of those, what lies in the caller's memory and is not being copied out of it, oldest first."""
         self._retries: deque[Chunk] = deque()
         self._stalled_since: float | None = None
         self._error: KVError | None = None
@@ -233,7 +235,7 @@ class Sender:
         if self._left_by_layer[layer] == 0:
             self._stats.layers[layer].ready_s = now
         self._queue.append(unit)
-        self._live[id(unit)] = unit
+        self._live[id(unit)] = self._held[id(unit)] = unit
         self._link.has_work(self)
         if self._credit.left <= 0 and event is None:
             self._spill_waiting()
@@ -440,8 +442,8 @@ class Sender:
             stalled_s = now - (self._stats.opened_s or now)
         elif self._stalled_since is not None:
             stalled_s = now - self._stalled_since
-        for unit in list(self._live.values()):
-            if unit.spilled is not None or unit.spilling is not None or unit.event is not None:
+        for unit in list(self._held.values()):
+            if unit.event is not None:
                 continue
             # What is on its way needs no credit, but an acknowledgement: a consumer that stands still gives neither.
             sent = unit.cut == unit.stop
@@ -459,6 +461,7 @@ class Sender:
                         )
                     )
                 return
+            del self._held[id(unit)]
             unit.spilling = self._loop.create_task(self._spill(unit, spilled))
             self._copies.add(unit.spilling)
             unit.spilling.add_done_callback(self._copies.discard)
@@ -484,6 +487,7 @@ class Sender:
 
     def _forget(self, unit: Unit) -> None:
         self._live.pop(id(unit), None)
+        self._held.pop(id(unit), None)
         if unit.spilled is not None:
             self._area.give_back(unit.spilled)
             unit.spilled = None

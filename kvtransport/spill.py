@@ -6,12 +6,14 @@ pages are free.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from .buffers import Arena, PageList
+from .errors import ArenaError
 
 PAGE_BYTES = 256 * 1024
 
@@ -49,9 +51,20 @@ class SpillArea:
             return None
         if self._view is None:
             # Not populated: spilling is the exception, memory should cost nothing until it happens.
-            self._arena = Arena(
-                self._count * PAGE_BYTES, memfd=False, populate=False, lock="off", cuda="off", name="kvtransport-spill"
-            )
+            try:
+                self._arena = Arena(
+                    self._count * PAGE_BYTES,
+                    memfd=False,
+                    populate=False,
+                    lock="off",
+                    cuda="off",
+                    name="kvtransport-spill",
+                )
+            except ArenaError as error:
+                # Spilling is a help, not a duty: without its memory the policy for a full budget applies.
+                warnings.warn(f"nothing will be spilled: {error}", RuntimeWarning, stacklevel=2)
+                self._count = self._left = 0
+                return None
             self._view = memoryview(self._arena)
         self._left -= wanted
         ids = self._free[self._left : self._left + wanted].copy()

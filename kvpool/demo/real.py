@@ -93,6 +93,8 @@ class RealOptions:
                 f"the shared prefix must be a multiple of {GRID} tokens (only there a resumed prefill is exact) and end "
                 f"before the last but one of {self.tokens}, got --prefix-tokens {self.prefix}"
             )
+        if self.seed < 0:
+            raise ConfigError(f"--seed must be 0 or more, got {self.seed}")
         if not 1 <= self.connections <= 64:
             raise ConfigError(f"1 to 64 connections can be used, got --connections {self.connections}")
 

@@ -136,6 +136,10 @@ class FlippingRelay:
                 await asyncio.gather(*pumps, return_exceptions=True)
         except OSError:
             pass  # the target is gone: closing says so
+        except asyncio.CancelledError:
+            for writer in writers:
+                writer.transport.abort()  # nobody may be reading what is left
+            raise
         finally:
             for writer in writers:
                 writer.close()

@@ -272,7 +272,7 @@ async def _process(channel: Channel, role: str) -> None:
                 channel.emit("saved")
                 continue
             if op == "load":
-                engine = await loop.run_in_executor(None, _load, command["directory"])
+                engine = await loop.run_in_executor(None, load, command["directory"])
                 channel.emit("loaded", **engine.describe())
                 continue
             if engine is None:
@@ -307,7 +307,8 @@ async def _process(channel: Channel, role: str) -> None:
                     raise ProtocolError(f"the {role} process knows no command {op!r}")
 
 
-def _load(directory: str) -> Engine:
+def load(directory: str) -> Engine:
+    """The model of a directory. Raises ConfigError when there is none, LayoutError when its cache cannot be carried."""
     try:
         return Engine(directory)
     except (OSError, ValueError) as error:

@@ -147,7 +147,7 @@ async def _demo(
     layout = CacheLayout.from_description(loaded[0]["layout"])
     prompts = options.prompts(loaded[0]["vocabulary"])
     memory = pool_bytes(layout, [len(tokens) for tokens in prompts]) if memory_bytes is None else memory_bytes
-    say(f"{loaded[0]['architecture']} is loaded three times; starting a pool of {memory / (1 << 20):.0f} MiB")
+    say(f"{loaded[0]['architecture']} is loaded three times; starting a pool of {memory:,} bytes")
     up = await (await start_pool(crew, memory)).receive("up", timeout_s=START_S)
 
     relays: dict[str, FlippingRelay] = {}

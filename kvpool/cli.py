@@ -83,7 +83,7 @@ def stat(address: Address = "127.0.0.1:7777", insecure: Insecure = False, json_t
         table.add_row(f"class {name}", human(nbytes))
     for name, nbytes in body["group_bytes"].items():
         table.add_row(f"group {name}", human(nbytes))
-    for section in ("entries", "counters", "misses", "evictions"):
+    for section in ("entries", "counters", "misses", "evictions", "wire"):
         for name, number in body[section].items():
             table.add_row(f"{section}: {name}", f"{number:,}")
     for name in ("namespaces", "leases", "requests", "links", "transfers"):

@@ -7,6 +7,7 @@ them; a get of a request whose put is still arriving relays every range as soon 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -57,6 +58,7 @@ class PoolServer:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._waiting = Waiting(core)
         self._puts = 0
+        self._wire: Counter[str] = Counter()
         self._draining = False
         verbs: dict[str, Verb] = {
             "namespace": self._namespace,
@@ -179,7 +181,12 @@ class PoolServer:
         return {}
 
     async def _stat(self, session: Session, args: Args) -> dict[str, Any]:
-        return {**self.core.stat(), "links": len(self._endpoint.links), "transfers": self.active}
+        return {
+            **self.core.stat(),
+            "links": len(self._endpoint.links),
+            "transfers": self.active,
+            "wire": dict(self._wire),
+        }
 
     async def _clear(self, session: Session, args: Args) -> dict[str, Any]:
         return {"entries": self.core.clear(tenant=session.tenant)}
@@ -247,6 +254,8 @@ class PoolServer:
         def end(error: KVError | None) -> None:
             self._puts -= 1
             put.on_failed = None
+            for name in ("moved_bytes", "checksums_verified", "corrupt_chunks", "duplicate_bytes"):
+                self._wire[f"received_{name}"] += getattr(receiver.stats, name)
             if error is not None:
                 put.abort(error)
 
@@ -361,5 +370,7 @@ class PoolServer:
             pass  # the consumer knows: it was told, or it is what went away
         finally:
             await sender.cancel("the pool stopped sending")
+            for name in ("moved_bytes", "resent_bytes"):
+                self._wire[f"sent_{name}"] += getattr(sender.stats, name)
             get.on_failed = None
             get.close()

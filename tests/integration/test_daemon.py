@@ -87,6 +87,10 @@ async def put(pool, ns, chain, source: Cache, **kwargs) -> None:
     await outgoing.seal()
 
 
+def source_bytes(source: Cache) -> int:
+    return sum(pages.nbytes for pages in source.pages.values())
+
+
 def blank(ns, boundary: int, start: int = 0) -> Cache:
     manifest = Manifest.of_layout(
         ns.layout, boundary, transfer=new_transfer_id(), start=start, block_tokens=ns.block_tokens
@@ -129,6 +133,10 @@ async def test_put_match_get(served, hybrid, boundary):
     await incoming.sealed()
     assert sorted(layers) == list(hybrid.layers)
     assert target.bytes() == expected(ns, source, boundary)
+    wire = (await one.stat())["wire"]
+    assert wire["received_moved_bytes"] == source_bytes(source)
+    assert wire["received_checksums_verified"] > 0
+    assert wire["received_corrupt_chunks"] == 0
 
 
 async def test_a_put_is_invisible_until_sealed_and_gone_when_cancelled(served, hybrid):

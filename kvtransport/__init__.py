@@ -1,5 +1,6 @@
 """KVCache transport: layer by layer, over many TCP connections, verified; see docs/design.md."""
 
+from . import presets
 from .buffers import Arena, PageList, native_available
 from .endpoint import Endpoint, EndpointConfig
 from .errors import KVError
@@ -37,4 +38,5 @@ __all__ = [
     "WhenFull",
     "native_available",
     "new_transfer_id",
+    "presets",
 ]

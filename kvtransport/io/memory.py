@@ -69,7 +69,8 @@ class MemoryStream:
         return take
 
     def recv(self, pages: PageList | None, start: int, tail: bytearray, tail_start: int) -> int:
-        self._check()
+        if self._closed:
+            raise OSError("stream is closed")
         body = (0 if pages is None else pages.nbytes) - start
         wanted = body + len(tail) - tail_start
         got = 0

@@ -68,6 +68,7 @@ class LoopbackOptions:
             ("--chunk-bytes", self.chunk_bytes, 4096, MAX_CHUNK),
             ("--repeat", self.repeat, 1, 10_000),
             ("--warmup", self.warmup, 0, 1_000),
+            ("--buffer-bytes", self.buffer_bytes or 0, 0, 1 << 36),
             ("--page-bytes", self.page_bytes if self.page_bytes is not None else 64, 64, 1 << 30),
         )
         for name, value, low, high in bounds:
@@ -306,6 +307,7 @@ def report(bench: Loopback, rounds: list[Round]) -> dict[str, Any]:
 
 def run(options: LoopbackOptions, out: Console) -> dict[str, Any]:
     """Measure, with live progress on standard error, print the table to ``out``; returns :func:`report`."""
+    options.check()  # before the display starts: its error is one line
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

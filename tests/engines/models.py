@@ -95,8 +95,8 @@ MODELS: Mapping[str, Model] = {
     ),
     "llama": Model(
         "LlamaConfig",
-        {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64},
-        "4 full attention",
+        {"num_hidden_layers": 12, "num_key_value_heads": 2, "head_dim": 64},
+        "12 full attention",
     ),
 }
 

@@ -98,13 +98,18 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class CacheGroup:
-    """Layers cached by one rule. ``window`` (tokens, the current one included) is set for sliding groups only."""
+    """Layers cached by one rule. ``window`` (tokens, the current one included) is set for sliding groups only.
+
+    ``page_tokens``: KV of this group travels in whole pages of so many tokens, whatever the range. For engines whose
+    page interior is not in token order (vLLM: head by head, or packed for a kernel).
+    """
 
     name: str
     kind: GroupKind
     layers: tuple[int, ...]
     tensors: tuple[TensorSpec, ...]
     window: int | None = None
+    page_tokens: int = 1
 
     def __post_init__(self) -> None:
         if not self.layers or not self.tensors:
@@ -116,6 +121,10 @@ class CacheGroup:
         ):
             raise LayoutError(
                 f"group {self.name!r}: a window of at least 2 tokens belongs to sliding groups, only there"
+            )
+        if self.page_tokens < 1 or (self.page_tokens > 1 and self.kind is GroupKind.RECURRENT):
+            raise LayoutError(
+                f"group {self.name!r}: pages of {self.page_tokens} tokens; at least 1, and states have no tokens"
             )
 
     @property
@@ -302,7 +311,8 @@ class CacheLayout:
         Full-attention tensors hold ``[start, boundary)``. Recurrent tensors hold their state at every position
         of ``checkpoints`` and at ``boundary``, ascending. Sliding tensors hold, for each of these
         positions p, the tokens of ``[p - (window - 1), p)`` from ``start`` on, the first one rounded down to
-        ``align`` (the block size, when whole blocks are stored).
+        ``align`` (the block size, when whole blocks are stored). Groups with ``page_tokens`` hold whole pages: both
+        ends of their spans are rounded outwards.
         """
         if align < 1:
             raise LayoutError(f"spans are aligned to at least 1 token, got align={align}")
@@ -316,7 +326,8 @@ class CacheLayout:
             if group.kind is GroupKind.RECURRENT:
                 spans_of.append(tuple(Span(p, 0) for p in points))
             elif group.kind is GroupKind.FULL:
-                spans_of.append((Span(start, boundary - start),))
+                first = start // group.page_tokens * group.page_tokens
+                spans_of.append((Span(first, _page_end(group, boundary) - first),))
             else:
                 spans_of.append(tuple(_windows(group, points, start, align)))
         return tuple(
@@ -339,6 +350,8 @@ class CacheLayout:
                     "kind": str(g.kind),
                     "layers": list(g.layers),
                     "window": g.window,
+                    # Only where it says something: fingerprints of layouts without pages stay what they were.
+                    **({"page_tokens": g.page_tokens} if g.page_tokens > 1 else {}),
                     "tensors": [
                         {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "shard_axis": t.shard_axis}
                         for t in g.tensors
@@ -358,6 +371,7 @@ class CacheLayout:
                     kind=GroupKind(g["kind"]),
                     layers=tuple(int(i) for i in g["layers"]),
                     window=None if g["window"] is None else int(g["window"]),
+                    page_tokens=int(g.get("page_tokens", 1)),
                     tensors=tuple(
                         TensorSpec(
                             str(t["name"]),
@@ -383,16 +397,22 @@ class CacheLayout:
         return hashlib.sha256(b"kvt1-layout" + packed).digest()
 
 
+def _page_end(group: CacheGroup, token: int) -> int:
+    """``token`` rounded up to whole pages."""
+    return -(-token // group.page_tokens) * group.page_tokens
+
+
 def _windows(group: CacheGroup, points: list[int], start: int, align: int) -> Iterator[Span]:
     """Disjoint, ascending spans covering the window before each point; windows that touch are joined."""
     lo = hi = -1
     for point in points:
-        first = max(start, (point - group.tokens_needed(point)) // align * align)
+        page = group.page_tokens
+        first = max(start, (point - group.tokens_needed(point)) // align * align) // page * page
         if first <= hi and hi >= 0:
-            hi = point
+            hi = _page_end(group, point)
             continue
         if hi > lo >= 0:
             yield Span(lo, hi - lo)
-        lo, hi = first, point
+        lo, hi = first, _page_end(group, point)
     if hi > lo >= 0:
         yield Span(lo, hi - lo)

@@ -391,6 +391,9 @@ class Sender:
                 # A range that is said again, joined, after a connection was lost: parts of it are known already.
                 for at in sorted(at for at, c in slot.inflight.items() if start <= at and c.stop <= stop):
                     self._acked(slot.inflight.pop(at))
+        if not self._inflight_bytes and self._queue:
+            # With nothing on its way what credit is left is used, however little: no other frame may come to say so.
+            self._link.has_work(self)
 
     def _acked(self, chunk: Chunk) -> None:
         chunk.acked = True
@@ -461,10 +464,33 @@ class Sender:
                         )
                     )
                 return
-            del self._held[id(unit)]
-            unit.spilling = self._loop.create_task(self._spill(unit, spilled))
-            self._copies.add(unit.spilling)
-            unit.spilling.add_done_callback(self._copies.discard)
+            self._start_spill(unit, spilled)
+
+    def _start_spill(self, unit: Unit, spilled: Spilled) -> None:
+        del self._held[id(unit)]
+        unit.spilling = self._loop.create_task(self._spill(unit, spilled))
+        self._copies.add(unit.spilling)
+        unit.spilling.add_done_callback(self._copies.discard)
+
+    async def evacuate(self) -> None:
+        """Copy aside what still lies in the caller's memory: when this returns, none of it is read again.
+
+        For a producer that has to give its memory back now and goes on later (an engine that preempts a request). Where the
+        spill budget does not allow it the transfer fails with SpillFullError; this raises nothing. Units whose ``event``
+        has not come yet stay: their source is a copy already.
+        """
+        for unit in [unit for unit in self._held.values() if unit.event is None]:
+            spilled = self._area.take(unit.pages.nbytes)
+            if spilled is None:
+                self.fail(
+                    SpillFullError(
+                        f"{unit.pages.nbytes} bytes have to leave the engine's memory now and the spill budget of "
+                        f"{self._area.budget_bytes} bytes is full; raise spill_bytes"
+                    )
+                )
+                break
+            self._start_spill(unit, spilled)
+        await self._settle()
 
     async def _spill(self, unit: Unit, spilled: Spilled) -> None:
         source, target = unit.pages, spilled.pages

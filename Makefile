@@ -9,6 +9,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DEMO_VENV ?= .venv-demo
 TEST_VENV ?= .venv-test
+VLLM_VENV ?= .venv-vllm
 TORCH ?= torch==2.13.0
 MODELS ?= kimi_linear qwen3_next gemma3 falcon_h1
 DEMO_ARGS ?=
@@ -16,6 +17,7 @@ PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 # Twice quiet: errors only.
 PIP_FLAGS ?= -qq
+ENGINES_OUT ?= benchmarks/results/local/engines
 BENCH_JSON ?= benchmarks/results/local/$(shell date -u +%Y%m%dT%H%M%SZ).json
 
 # A broken or missing extension fails here instead of falling back to the pure-Python twin.
@@ -26,8 +28,9 @@ BUILD_INPUTS := pyproject.toml setup.py $(shell find native -name '*.[ch]' 2>/de
 PACKAGE_FILES := $(shell find kvtransport kvpool -type f ! -name '*.so' ! -path '*/__pycache__/*' 2>/dev/null)
 DEMO_STAMP := $(DEMO_VENV)/.installed
 TEST_STAMP := $(TEST_VENV)/.installed
+VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help demo demo-real test bench lint types test-native fuzz clean
+.PHONY: help demo demo-real test test-engines bench lint types test-native fuzz clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r t d; do printf '  %-12s %s\n' "$$t" "$$d"; done
@@ -61,6 +64,11 @@ $(TEST_STAMP): $(BUILD_INPUTS)
 	$(TEST_VENV)/bin/python -m pip install $(PIP_FLAGS) -e '.[dev,engines]'
 	@touch $@
 
+# Which packages, and why so: in the script.
+$(VLLM_STAMP): $(BUILD_INPUTS) $(wildcard tests/engines/make_venv.sh tests/engines/constraints.txt tests/engines/vllm_requirements.py)
+	$(check_prerequisites)
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash tests/engines/make_venv.sh "$(VLLM_VENV)"
+
 # -- what people run ----------------------------------------------------------------------------------
 
 demo: $(DEMO_STAMP) ## The main job on loopback, without torch (DEMO_ARGS="--direct")
@@ -68,6 +76,9 @@ demo: $(DEMO_STAMP) ## The main job on loopback, without torch (DEMO_ARGS="--dir
 
 test: $(TEST_STAMP) ## All tests, with torch and transformers (PYTEST_ARGS="-k ...")
 	$(TEST_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-engines: $(VLLM_STAMP) ## Real vLLM engines on the CPU, prefill and decode apart; table, JSON and plot in ENGINES_OUT
+	KVPOOL_TEST_ENGINES=1 ENGINES_OUT="$(ENGINES_OUT)" $(VLLM_VENV)/bin/python -m pytest --confcutdir=tests/engines tests/engines $(PYTEST_ARGS)
 
 demo-real: $(TEST_STAMP) ## Real tiny models through the pool, bitwise (MODEL=kimi_linear for one)
 	for model in $(or $(MODEL),$(MODELS)); do $(TEST_VENV)/bin/kvpool demo --real --model "$$model" $(DEMO_ARGS); done
@@ -90,6 +101,6 @@ fuzz: $(TEST_STAMP) ## Fuzz the wire protocol (FUZZ_SECONDS=60)
 	$(TEST_VENV)/bin/python tests/fuzz/fuzz_wire.py --seconds $(FUZZ_SECONDS)
 
 clean: ## Remove what make built
-	rm -rf $(DEMO_VENV) $(TEST_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(DEMO_VENV) $(TEST_VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find kvtransport kvpool tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f kvtransport/_native*.so

@@ -18,6 +18,7 @@ import pytest
 from .engine import Engine, EngineSettings, Result
 from .models import MODELS, prompt
 from .pair import PREFILL_CORE, KvTransportPair
+from .plot import LayerTrace
 from .report import Report
 
 SELECTED = os.environ.get("KVPOOL_TEST_ENGINES") == "1"
@@ -127,6 +128,17 @@ def hybrid(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 @pytest.fixture(scope="module")
-def dense(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
-    """The dense model's engines."""
-    yield from start_setup("llama", models, tmp_path_factory.mktemp("llama"))
+def dense_one_step(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KvTransportPair]:
+    """A dense pair that prefills a prompt in one step, so that every layer is computed once."""
+    with KvTransportPair(
+        models / "llama", tmp_path_factory.mktemp("llama"), FAST_LOSS, max_batched_tokens=4_096
+    ) as pair:
+        pair.wait_ready()
+        pair.run("warm-up", prompt(4_000, 0))
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def traces() -> dict[str, LayerTrace]:
+    """Filled by the cases of one module; the last one draws."""
+    return {}

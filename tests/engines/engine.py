@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -144,7 +145,13 @@ class Engine:
     ) -> None:
         """Submit a request; ``params`` become its kv_transfer_params."""
         self._write(
-            {"do": "add", "id": request, "prompt": list(prompt), "max_tokens": max_tokens, "params": params and dict(params)}
+            {
+                "do": "add",
+                "id": request,
+                "prompt": list(prompt),
+                "max_tokens": max_tokens,
+                "params": params and dict(params),
+            }
         )
 
     def abort(self, request: str) -> None:
@@ -269,7 +276,9 @@ class Engine:
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of loopback that nobody listens on, below the range that outgoing connections take theirs from."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -37,9 +37,13 @@ class EngineProcess:
 
     def __init__(self, engine_args: dict[str, Any], commands: int, events: int) -> None:
         # Imported here: the environment variables that main() sets must be there first.
+        import torch
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        # vLLM's attention uses AMX where the processor has it; the kernel grants it per process, on request. oneDNN asks
+        # at the first large product: a decode engine that never computes a prompt dies of SIGILL in its first step.
+        torch.cpu._init_amx()
         self._commands = commands
         self._events = os.fdopen(events, "w", buffering=1)
         self._pending = b""

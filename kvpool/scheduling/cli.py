@@ -9,12 +9,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
-from kvtransport.errors import KVError
+from kvtransport.errors import ConfigError, KVError
 
 from . import report
 from .config import load_case, load_case_file
 from .planner import purchases, sensitivity
+from .sim import report as sim_report
+from .sim.compare import compare_policies
+from .sim.metrics import Recorder
+from .sim.scenarios import Policy, load_scenario
 
 PLAN_HELP = """Plan a PrfaaS deployment: threshold, instances by role, capacity, what binds and what more would buy.
 
@@ -93,6 +98,87 @@ def plan_command(
         raise fail(error) from error
 
 
+SIMULATE_HELP = """Play a scenario under one policy, or all of them, on the planned clusters.
+
+Examples:
+
+  kvpool simulate --scenario steady --policy full-prfaas --load 0.9
+
+  kvpool simulate --scenario link-loss --policy all --load 0.5,0.9,1.1 --seeds 5 --json table.json
+
+  kvpool simulate --scenario bursts --policy all --load 0.9 --plots out/
+
+Policies: homogeneous-pd, naive-heterogeneous, static-threshold, full-prfaas, all. Load is relative to the
+capacity planned for full PrfaaS. The same seed plays the same requests to every policy.
+"""
+
+
+def _numbers(text: str, what: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{what} takes numbers separated by commas, got {text!r}") from error
+
+
+def _policies(text: str) -> list[Policy]:
+    if text == "all":
+        return list(Policy)
+    try:
+        return [Policy(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"no policy {text!r}; there are {', '.join(Policy)} and all") from error
+
+
+def simulate_command(
+    scenario: Annotated[str, typer.Option(help="A packaged scenario or a TOML file.")] = "steady",
+    policy: Annotated[str, typer.Option(help="One policy, several with commas, or all.")] = "full-prfaas",
+    load: Annotated[str, typer.Option(help="Load over planned capacity; several with commas.")] = "0.9",
+    requests: Annotated[int, typer.Option(help="Requests per run.", min=100)] = 20_000,
+    seed: Annotated[int, typer.Option(help="First seed.", min=0)] = 1,
+    seeds: Annotated[int, typer.Option(help="Runs per policy and load, each with its own seed.", min=1)] = 1,
+    rebalance: Annotated[bool, typer.Option(help="Let full PrfaaS convert instances between roles.")] = True,
+    json_path: Json = None,
+    plots: Plots = None,
+) -> None:
+    try:
+        loaded = load_scenario(scenario)
+        console = make_console(json_path)
+        kept: dict[Policy, Recorder] = {}
+
+        def keep(which: Policy, at_load: float, at_seed: int, recorder: Recorder) -> None:
+            if plots is not None:
+                kept[which] = recorder
+
+        loads, policies = _numbers(load, "--load"), _policies(policy)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(f"simulating {scenario}", total=1.0)
+            rows = compare_policies(
+                loaded,
+                policies,
+                loads,
+                range(seed, seed + seeds),
+                requests=requests,
+                progress=lambda part: bar.update(task, completed=part),
+                keep=keep,
+                rebalance=rebalance,
+            )
+        sim_report.print_rows(console, loaded, rows, requests=requests, seeds=seeds)
+        if plots is not None:
+            from .sim.pictures import run_pictures, table_picture
+
+            title = f"{scenario}: {loaded.spec.title}"
+            written = run_pictures(kept, plots, title=f"{title} (load {loads[-1]:g})")
+            if len(loads) > 1:
+                written += table_picture(rows, plots, name="policies", title=title)
+            for path in written:
+                console.print(f"wrote {path}")
+        if json_path is not None:
+            write_json(sim_report.as_json(loaded, rows, requests=requests, first_seed=seed, seeds=seeds), json_path)
+    except (KVError, OSError) as error:
+        raise fail(error) from error
+
+
 def register(app: typer.Typer) -> None:
     """Add the scheduling commands to ``app``."""
     app.command("plan", help=PLAN_HELP)(plan_command)
+    app.command("simulate", help=SIMULATE_HELP)(simulate_command)

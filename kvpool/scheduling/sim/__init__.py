@@ -1,0 +1,1 @@
+"""The simulator: discrete events, seeded, around the same router, window and rebalancer that serve live."""

@@ -40,6 +40,8 @@ def gone(pids) -> bool:
 
 
 def kvbench(*args: str, **kwargs) -> subprocess.Popen:
+    # As at a terminal, also where the tests run in the background of a script, which ignores Ctrl-C for its children.
+    kwargs.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     return subprocess.Popen(
         [sys.executable, "-m", "kvtransport.bench.cli", "loopback", *args],
         cwd=ROOT,

@@ -95,7 +95,7 @@ types: $(TEST_STAMP) ## mypy, strict
 	$(TEST_VENV)/bin/mypy
 
 test-native: $(TEST_STAMP) ## The extension under AddressSanitizer
-	PYTHON="$(abspath $(TEST_VENV)/bin/python)" bash native/test-asan.sh
+	VENV="$(abspath $(TEST_VENV))" bash native/test-asan.sh
 
 fuzz: $(TEST_STAMP) ## Fuzz the wire protocol (FUZZ_SECONDS=60)
 	$(TEST_VENV)/bin/python tests/fuzz/fuzz_wire.py --seconds $(FUZZ_SECONDS)

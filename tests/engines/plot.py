@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,26 +10,30 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True)
 class LayerTrace:
-    """Layers in the order of the model; seconds on one clock. A layer is computed from its predecessor's ``ready_s`` to its own."""
+    """Layers in the order of the model; CLOCK_MONOTONIC seconds. A layer is computed between its predecessor's ``computed_s`` and its
+    own; it is sent between its ``computed_s``, when its hook was called, and its ``acked_s``."""
 
     wire: str
     begin_s: float
     layers: list[str]
-    ready_s: list[float]
+    computed_s: list[float]
     acked_s: list[float]
     nbytes: int
 
     @classmethod
     def of(cls, record: Mapping[str, Any], wire: str) -> Self:
-        """From the connector's record of a producer's transfer. The first layer begins when the transfer was opened."""
-        layers = sorted(record["layers"], key=_number)
-        times = [record["layers"][layer] for layer in layers]
+        """From the connector's record of a producer's transfer that one prefill step computed.
+
+        The beginning is not recorded: the first layer is drawn as long as the second.
+        """
+        layers = record["layers"]
+        computed = [float(layer["computed_s"]) for layer in layers]
         return cls(
             wire,
-            min(record["opened_s"], times[0]["ready_s"]),
-            layers,
-            [float(t["ready_s"]) for t in times],
-            [float(t["acked_s"]) for t in times],
+            computed[0] - (computed[1] - computed[0]),
+            [str(layer["layer"]) for layer in layers],
+            computed,
+            [float(layer["acked_s"]) for layer in layers],
             int(record["bytes"]),
         )
 
@@ -39,14 +42,14 @@ class LayerTrace:
         return {
             "wire": self.wire,
             "bytes": self.nbytes,
-            "ready_s": [round(t - self.begin_s, 4) for t in self.ready_s],
+            "computed_s": [round(t - self.begin_s, 4) for t in self.computed_s],
             "acked_s": [round(t - self.begin_s, 4) for t in self.acked_s],
         }
 
 
 def exposed_s(trace: LayerTrace) -> float:
     """Seconds of sending left when the last layer was computed: what decode waits for."""
-    return max(trace.acked_s) - trace.ready_s[-1]
+    return max(trace.acked_s) - trace.computed_s[-1]
 
 
 def plot_layers(traces: Sequence[LayerTrace], path: Path) -> Path:
@@ -59,21 +62,26 @@ def plot_layers(traces: Sequence[LayerTrace], path: Path) -> Path:
     figure, axes = pyplot.subplots(1, len(traces), figsize=(6 * len(traces), 4.2), sharey=True, squeeze=False)
     for axis, trace in zip(axes[0], traces, strict=True):
         begin = trace.begin_s
-        starts = [begin, *trace.ready_s[:-1]]
-        for i, (start, ready, acked) in enumerate(zip(starts, trace.ready_s, trace.acked_s, strict=True)):
+        starts = [begin, *trace.computed_s[:-1]]
+        for i, (start, computed, acked) in enumerate(zip(starts, trace.computed_s, trace.acked_s, strict=True)):
             axis.barh(
-                i - 0.2, ready - start, 0.36, left=start - begin, color="#4477aa", label="computed" if not i else None
+                i - 0.2,
+                computed - start,
+                0.36,
+                left=start - begin,
+                color="#4477aa",
+                label="computed" if not i else None,
             )
             axis.barh(
                 i + 0.2,
-                acked - ready,
+                acked - computed,
                 0.36,
-                left=ready - begin,
+                left=computed - begin,
                 color="#ee6677",
-                label="handed over to acknowledged" if not i else None,
+                label="computed to acknowledged" if not i else None,
             )
         axis.axvline(
-            trace.ready_s[-1] - begin, color="black", linewidth=0.8, linestyle="--", label="last layer computed"
+            trace.computed_s[-1] - begin, color="black", linewidth=0.8, linestyle="--", label="last layer computed"
         )
         axis.set_title(f"{trace.wire}: {trace.nbytes / 1e6:.1f} MB, exposed {exposed_s(trace) * 1e3:.0f} ms")
         axis.set_xlabel("seconds")
@@ -85,9 +93,3 @@ def plot_layers(traces: Sequence[LayerTrace], path: Path) -> Path:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
-
-
-def _number(layer: str) -> int:
-    found = re.search(r"layers\.(\d+)\.", layer)
-    assert found is not None, layer
-    return int(found.group(1))

@@ -52,7 +52,8 @@ def models(json_to: JsonOption = None) -> None:
 @app.command(
     "loopback",
     epilog="Examples:  [bold]kvbench loopback[/]   |   [bold]kvbench loopback --connections 1 --no-checksum --json -[/]   |   "
-    "[bold]kvbench loopback --preset minimax-m2.5 --tokens 8192 --congestion cubic --contiguous[/]",
+    "[bold]kvbench loopback --preset minimax-m2.5 --tokens 8192 --congestion cubic --contiguous[/]   |   "
+    "[bold]kvbench loopback --baseline --congestion cubic --repeat 9[/]",
 )
 def loopback(
     preset: Annotated[str, typer.Option(help="Whose cache to move; 'kvbench models' lists them.")] = "kimi-linear-48b",
@@ -65,17 +66,23 @@ def loopback(
     contiguous: Annotated[bool, typer.Option("--contiguous", help="One piece per tensor instead of pages.")] = False,
     checksum: Annotated[bool, typer.Option(help="xxh3 of every chunk, verified on arrival.")] = True,
     congestion: Annotated[str | None, typer.Option(help="cubic, bbr, ...; default: the system's.")] = None,
-    repeat: Annotated[int, typer.Option(help="Timed rounds; the median is reported.")] = 5,
+    repeat: Annotated[
+        int | None, typer.Option(help="Timed rounds; the median is reported. Default: 5, with --baseline 7.")
+    ] = None,
     warmup: Annotated[int, typer.Option(help="Rounds before them that do not count.")] = 1,
     buffer_bytes: Annotated[
         int | None, typer.Option(help="Memory per end, at least; default: more than the caches hold.")
     ] = None,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="The same bytes through a C loop of send and recv, in turns with ours.")
+    ] = False,
     json_to: JsonOption = None,
 ) -> None:
     """Move one request's cache between two processes over loopback, verified byte by byte.
 
     A round is timed from opening the transfer until the receiver has confirmed the seal: everything verified
-    and in its place. Afterwards source and destination are compared by hash.
+    and in its place. Afterwards source and destination are compared by hash. With --baseline the ratio to plain C
+    is reported, the only figure that means something on a machine that is shared.
     """
     options = loopback_command.LoopbackOptions(
         preset=preset,
@@ -86,9 +93,10 @@ def loopback(
         contiguous=contiguous,
         checksum=checksum,
         congestion=congestion,
-        repeat=repeat,
+        repeat=repeat if repeat is not None else 7 if baseline else 5,
         warmup=warmup,
         buffer_bytes=buffer_bytes,
+        baseline=baseline,
     )
     body = loopback_command.run(options, console(json_to))
     write_json(json_to, body)

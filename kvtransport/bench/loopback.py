@@ -8,18 +8,11 @@ destination are compared, tensor by tensor, and the destination is overwritten b
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import selectors
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
@@ -27,14 +20,16 @@ from rich.table import Table
 
 from .. import presets
 from ..buffers import native_available
-from ..errors import ConfigError, DeadlineError, RemoteError, error_from_dict
+from ..errors import ConfigError
 from ..manifest import Manifest, new_transfer_id
+from .baseline import Baseline, BaselineRound, Variant, compare, variants
+from .crew import Crew, Process
 from .environment import child_environment
 from .loopback_memory import default_buffer_bytes, page_sizes
+from .summary import spread
 
 START_S = 120.0
 """For filling the memory with random bytes and dialling."""
-STOP_S = 5.0
 GB = 1e9
 MAX_CONNECTIONS = 64
 MAX_CHUNK = 16 << 20
@@ -58,6 +53,8 @@ class LoopbackOptions:
     repeat: int = 5
     warmup: int = 1
     buffer_bytes: int | None = None
+    baseline: bool = False
+    """The C loop in turns with ours, contiguous, plain and (with checksums) hashing the same bytes."""
     deadline_s: float = 120.0
 
     def check(self) -> None:
@@ -94,72 +91,6 @@ class Round:
     verified: bool
 
 
-class _Process:
-    """One worker: its pipes, its last words, and its end."""
-
-    def __init__(self, role: str, config: Mapping[str, Any]) -> None:
-        self.role = role
-        self._stderr: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "kvtransport.bench.loopback_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=child_environment(),
-        )
-        self._buffer = b""
-        self.inbox: list[dict[str, Any]] = []
-        self.say({**config, "role": role})
-
-    @property
-    def stdout(self) -> BinaryIO:
-        pipe = self.process.stdout
-        assert pipe is not None
-        return pipe  # type: ignore[return-value]  # typeshed says IO[bytes]
-
-    def say(self, command: Mapping[str, Any]) -> None:
-        pipe = self.process.stdin
-        assert pipe is not None
-        try:
-            pipe.write(json.dumps(command).encode() + b"\n")
-            pipe.flush()
-        except BrokenPipeError:
-            raise self.died() from None
-
-    def read(self) -> list[dict[str, Any]]:
-        """Whole lines that are there now. Raises RemoteError when the process has ended."""
-        data = os.read(self.stdout.fileno(), 1 << 16)
-        if not data:
-            raise self.died()
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-    def died(self) -> RemoteError:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_S)
-        code = self.process.returncode
-        how = "closed its output" if code is None else f"exited with status {code}"
-        if code is not None and code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        self._stderr.seek(0)
-        words = self._stderr.read().decode(errors="replace").strip()
-        last = f"; its last words: {words[-500:]}" if words else ""
-        return RemoteError(f"the {self.role} process of this benchmark {how} before it was done{last}")
-
-    def stop(self) -> None:
-        """The end of its input is the polite way; what does not follow is killed."""
-        with contextlib.suppress(OSError):
-            if self.process.stdin is not None:
-                self.process.stdin.close()
-        try:
-            self.process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.stdout.close()
-        self._stderr.close()
-
-
 class Loopback:
     """Two processes and a link between them; use as a context manager, then :meth:`round`.
 
@@ -170,12 +101,11 @@ class Loopback:
     def __init__(self, options: LoopbackOptions, progress: Callable[[int], None] | None = None) -> None:
         options.check()
         self.options = options
-        self._progress = progress
         self.layout = presets.load(options.preset)
         self.manifest = Manifest.of_layout(self.layout, options.tokens, transfer=bytes(16))
         self.congestion = "unknown"
         self.copies = 1
-        self._workers: list[_Process] = []
+        self._crew = Crew(progress)
         self._done = 0
 
     def __enter__(self) -> Self:
@@ -183,12 +113,12 @@ class Loopback:
         config = {**asdict(self.options), "buffer_bytes": buffer_bytes}
         try:
             self._receiver = self._start("receiver", {**config, "seed": 1})
-            listening = self._wait(self._receiver, "started", START_S)
+            listening = self._crew.wait(self._receiver, "started", START_S)
             self.copies = listening["copies"]
             self._sender = self._start(
                 "sender", {**config, "seed": 2, "host": listening["host"], "port": listening["port"]}
             )
-            self.congestion = self._wait(self._sender, "started", START_S)["congestion"]
+            self.congestion = self._crew.wait(self._sender, "started", START_S)["congestion"]
         except BaseException:
             self.close()
             raise
@@ -199,7 +129,7 @@ class Loopback:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        return tuple(worker.process.pid for worker in self._workers)
+        return self._crew.pids
 
     def round(self) -> Round:
         """Move the cache once."""
@@ -207,10 +137,10 @@ class Loopback:
         self._done += 1
         limit = self.options.deadline_s + 30.0
         self._receiver.say(command)
-        self._wait(self._receiver, "expecting", limit)
+        self._crew.wait(self._receiver, "expecting", limit)
         self._sender.say(command)
-        sent = self._wait(self._sender, "done", limit)
-        received = self._wait(self._receiver, "done", limit)
+        sent = self._crew.wait(self._sender, "done", limit)
+        received = self._crew.wait(self._receiver, "done", limit)
         nbytes = self.manifest.total_bytes
         return Round(
             seconds=sent["seconds"],
@@ -226,49 +156,20 @@ class Loopback:
 
     def close(self) -> None:
         """End both processes and wait for them. Idempotent."""
-        workers, self._workers = self._workers, []
-        # All inputs end before any end is waited for.
-        for worker in workers:
-            with contextlib.suppress(OSError):
-                if worker.process.stdin is not None:
-                    worker.process.stdin.close()
-        for worker in workers:
-            worker.stop()
+        self._crew.close()
 
-    def _start(self, role: str, config: Mapping[str, Any]) -> _Process:
-        worker = _Process(role, config)
-        self._workers.append(worker)
+    def _start(self, role: str, config: Mapping[str, Any]) -> Process:
+        worker = self._crew.start(
+            role, [sys.executable, "-m", "kvtransport.bench.loopback_worker"], child_environment()
+        )
+        worker.say({**config, "role": role})
         return worker
 
-    def _wait(self, worker: _Process, event: str, timeout_s: float) -> dict[str, Any]:
-        """The next ``event`` of ``worker``; the other one is watched too."""
-        deadline = time.monotonic() + timeout_s
-        with selectors.DefaultSelector() as selector:
-            for each in self._workers:
-                selector.register(each.stdout, selectors.EVENT_READ, each)
-            while True:
-                for reply in worker.inbox:
-                    if reply["event"] == event:
-                        worker.inbox.remove(reply)
-                        return reply
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                if not ready and time.monotonic() >= deadline:
-                    raise DeadlineError(f"the {worker.role} process did not answer within {timeout_s:g} s")
-                for key, _ in ready:
-                    for reply in key.data.read():
-                        self._take(key.data, reply)
 
-    def _take(self, worker: _Process, reply: dict[str, Any]) -> None:
-        if reply["event"] == "error":
-            raise error_from_dict(reply["error"], prefix=f"{worker.role}: ")
-        if reply["event"] == "progress":
-            if self._progress is not None:
-                self._progress(reply["bytes"])
-            return
-        worker.inbox.append(reply)
+Others = dict[Variant, list[BaselineRound]]
 
 
-def report(bench: Loopback, rounds: list[Round]) -> dict[str, Any]:
+def report(bench: Loopback, rounds: list[Round], others: Others | None = None) -> dict[str, Any]:
     """Everything ``kvbench loopback --json`` prints. Medians over ``rounds``; Gbps is 1e9 payload bits a second."""
     options = bench.options
     sizes = page_sizes(bench.layout, options.page_bytes, contiguous=options.contiguous)
@@ -301,7 +202,9 @@ def report(bench: Loopback, rounds: list[Round]) -> dict[str, Any]:
         "copies": bench.copies,
         "native": native_available,
         "warmup": options.warmup,
+        "goodput_gbps_spread": spread([r.goodput_gbps for r in rounds]),
         "rounds": [asdict(r) for r in rounds],
+        "baseline": compare(rounds, others) if others else None,
     }
 
 
@@ -318,19 +221,32 @@ def run(options: LoopbackOptions, out: Console) -> dict[str, Any]:
         transient=True,
     )
     rounds: list[Round] = []
-    with progress:
-        task = progress.add_task("starting two processes", total=None)
-        with Loopback(options, lambda moved: progress.update(task, completed=moved)) as bench:
-            total = bench.manifest.total_bytes
-            for i in range(options.warmup + options.repeat):
-                at = i - options.warmup
-                what = "warming up" if at < 0 else f"round {at + 1} of {options.repeat}"
-                progress.reset(task, description=what, total=total, completed=0)
-                measured = bench.round()
-                progress.update(task, completed=total)
+    others: Others = {}
+    with progress, contextlib.ExitStack() as stack:
+        task = progress.add_task("starting the processes", total=None)
+        bench = stack.enter_context(Loopback(options, lambda moved: progress.update(task, completed=moved)))
+        total = bench.manifest.total_bytes
+        loop: Baseline | None = None
+        if options.baseline:
+            loop = stack.enter_context(
+                Baseline(total, connections=options.connections, copies=bench.copies, congestion=options.congestion)
+            )
+            others = {variant: [] for variant in variants(hashing=options.checksum)}
+        for i in range(options.warmup + options.repeat):
+            at = i - options.warmup
+            what = "warming up" if at < 0 else f"round {at + 1} of {options.repeat}"
+            progress.reset(task, description=what, total=total, completed=0)
+            measured = bench.round()
+            progress.update(task, completed=total)
+            if at >= 0:
+                rounds.append(measured)
+            for variant in others:
+                assert loop is not None
+                progress.update(task, description=f"{what}, C loop, {variant.name}")
+                theirs = loop.round(variant.call, hashing=variant.hashing)
                 if at >= 0:
-                    rounds.append(measured)
-            body = report(bench, rounds)
+                    others[variant].append(theirs)
+        body = report(bench, rounds, others)
     render(out, body)
     return body
 
@@ -363,3 +279,22 @@ def render(out: Console, body: Mapping[str, Any]) -> None:
         f"{body['connections']} connections, {body['congestion']}{refused}, chunks of {body['chunk_bytes']:,} bytes, {pages}, "
         f"checksums {'on' if body['checksum'] else 'off'}"
     )
+    if body["baseline"]:
+        _render_baseline(out, body)
+
+
+def _render_baseline(out: Console, body: Mapping[str, Any]) -> None:
+    table = Table(title="against the C loop of send and recv, in turns, contiguous (median, quartiles)")
+    for heading in ("C loop", "receive", "Gbps", "CPU s/GB", "ours / C, goodput", "ours / C, CPU"):
+        table.add_column(heading, justify="right")
+    for kind, each in body["baseline"].items():
+        ratio, cpu, gbps = each["goodput_ratio"], each["cpu_ratio"], each["goodput_gbps"]
+        table.add_row(
+            kind,
+            f"{each['receive_bytes'] >> 10} KiB",
+            f"{gbps['median']:.2f} ({gbps['q1']:.2f}-{gbps['q3']:.2f})",
+            f"{each['sender_cpu_s_per_gb']:.3f} + {each['receiver_cpu_s_per_gb']:.3f}",
+            f"{ratio['median']:.3f} ({ratio['q1']:.3f}-{ratio['q3']:.3f})",
+            f"{cpu['median']:.2f} ({cpu['q1']:.2f}-{cpu['q3']:.2f})",
+        )
+    out.print(table)

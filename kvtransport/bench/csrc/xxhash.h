@@ -1,0 +1,1 @@
+../../../native/third_party/xxhash.h

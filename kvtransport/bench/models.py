@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -190,31 +191,33 @@ def _ring_ratio() -> Ratio:
 
 def render(out: Console) -> None:
     """The same for people."""
-    sizes = Table(title="KVCache of one request (MiB), and the prefill time the paper's KV throughput implies")
-    sizes.add_column("model")
-    sizes.add_column("attention")
-    sizes.add_column("fixed\nMiB", justify="right")
-    sizes.add_column("KiB per\ntoken", justify="right")
+    # Two tables of eight columns and notes below: everything is legible at 80 columns, where pipes and logs are.
+    rows = [model_row(name) for name in presets.names()]
+    sizes = Table(title="KVCache of one request, MiB", box=SIMPLE_HEAD)
+    sizes.add_column("model", no_wrap=True)
+    times = Table(title="Prefill time that the paper's KV throughput implies, s", box=SIMPLE_HEAD)
+    times.add_column("model", no_wrap=True)
+    times.add_column("attention", no_wrap=True)
+    for heading in ("fixed", "KiB/token"):
+        sizes.add_column(heading, justify="right", no_wrap=True)
     for tokens in LENGTHS:
-        sizes.add_column(f"{tokens // K}K\nMiB", justify="right")
-        sizes.add_column("prefill\ns", justify="right", style="dim")
-    fitted: list[tuple[str, SizeRow, int]] = []
-    for name in presets.names():
-        row = model_row(name)
-        fixed = row.state_bytes + row.window_bytes
-        cells = [name, row.attention, f"{fixed / MIB:.1f}", f"{row.bytes_per_token / K:.2f}"]
-        for size in row.sizes:
-            cells += [f"{size.bytes / MIB:,.1f}", f"{size.prefill_seconds:.2f}"]
-            if size.published_bytes is not None:
-                fitted.append((name, size, size.published_bytes))
-        sizes.add_row(*cells)
+        for table in (sizes, times):
+            table.add_column(f"{tokens // K}K", justify="right", no_wrap=True)
+    for row in rows:
+        fixed = f"{(row.state_bytes + row.window_bytes) / MIB:.1f}"
+        cells = [f"{size.bytes / MIB:,.1f}" for size in row.sizes]
+        sizes.add_row(row.preset, fixed, f"{row.bytes_per_token / K:.2f}", *cells)
+        times.add_row(row.preset, row.attention, *(f"{size.prefill_seconds:.2f}" for size in row.sizes))
     out.print(sizes)
     out.print("fixed: recurrent states and full sliding windows. Sources of the geometry: the presets' TOML files.\n")
+    out.print(times)
 
-    fit = Table(title="Sizes the paper prints")
+    fit = Table(title="Sizes the paper prints", box=SIMPLE_HEAD)
     for heading in ("model", "tokens", "published MiB", "computed MiB", "off", "published s", "implied s"):
         fit.add_column(heading, justify="left" if heading == "model" else "right")
-    for name, size, published in fitted:
+    for name, size in ((row.preset, size) for row in rows for size in row.sizes):
+        if (published := size.published_bytes) is None:
+            continue
         off = size.bytes / published - 1
         printed = "" if size.published_prefill_seconds is None else f"{size.published_prefill_seconds:.2f}"
         fit.add_row(
@@ -228,15 +231,14 @@ def render(out: Console) -> None:
         )
     out.print(fit)
 
-    table = Table(title="The paper's ratios, computed again", show_lines=True)
-    table.add_column("ratio", max_width=30)
-    table.add_column("published", justify="right")
-    table.add_column("from the\npaper's table", justify="right")
-    table.add_column("from\ngeometry", justify="right")
-    table.add_column("comes\nout", justify="center")
-    table.add_column("why")
+    table = Table(title="The paper's ratios, computed again", box=SIMPLE_HEAD)
+    table.add_column("ratio")
+    for heading in ("published", "from the\npaper's table", "from\ngeometry", "comes\nout"):
+        table.add_column(heading, justify="right")
     for ratio in ratios():
         verdict = "[green]yes[/]" if ratio.comes_out else "[yellow]no[/]"
         tabled = "-" if ratio.from_table is None else f"{ratio.from_table:.1f}x"
-        table.add_row(ratio.name, f"{ratio.published:g}x", tabled, f"{ratio.from_geometry:.1f}x", verdict, ratio.why)
+        table.add_row(ratio.name, f"{ratio.published:g}x", tabled, f"{ratio.from_geometry:.1f}x", verdict)
     out.print(table)
+    for ratio in ratios():
+        out.print(f"[bold]{ratio.name}[/]: {ratio.why}\n")

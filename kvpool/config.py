@@ -10,6 +10,8 @@ import msgspec
 
 from kvtransport.errors import ConfigError
 
+from .eviction import DEFAULT_POLICY, POLICIES
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
@@ -47,6 +49,8 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Bytes a producer may have sent and not yet seen applied, per put."""
     prefix_floor: str = ""
     """Blocks and states that transfer bytes never push out, as a size; default half the memory."""
+    policy: str = DEFAULT_POLICY
+    """What is evicted first: marconi, lru, s3fifo, sieve or gdsf."""
     quotas: dict[str, str] = {}
     """Memory by tenant, as sizes."""
     lock: bool = True
@@ -78,6 +82,8 @@ def load(path: Path | None, overrides: dict[str, object]) -> DaemonConfig:
     for name in ("grace_s", "keepalive_s", "dead_after_s", "window_bytes", "page_bytes"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} must be above 0, got {getattr(config, name)}")
+    if config.policy not in POLICIES:
+        raise ConfigError(f"there is no eviction policy {config.policy!r}: choose one of {', '.join(POLICIES)}")
     if config.memory_bytes <= 0:
         raise ConfigError(f"memory must be above 0, got {config.memory!r}")
     return config

@@ -17,11 +17,11 @@ from kvtransport.layout import CacheLayout, Extent
 from .arena import BlockClass, PageArena, Slab
 from .deadlines import Deadlines, Lease
 from .errors import KeyChainError, LeaseError, MissError, NamespaceError, PoolLimitError, PrefixMissingError
+from .eviction import DEFAULT_POLICY, Eviction, GhostList, make_policy
 from .flat import FlatGet, FlatPut, FlatShelf
 from .get import Get
 from .index import Nodes, Selection, Tree
 from .keys import KeyChain, Namespace, check_flat_key, check_tenant
-from .lru import GhostList, Lru
 from .match import Explanation, Ghost, Match, Reason, explain, match
 from .memory import Memory
 from .placement import Geometry, Held, page_lists, plan_put
@@ -50,7 +50,8 @@ class PoolCore:
 
     ``clock`` gives seconds and never goes back. ``tenant_quota_bytes`` limits tenants by name (pages count
     whole); those not named are limited by the arena only. ``prefix_floor_bytes`` of blocks and states are never evicted for the
-    sake of transfer-cache bytes (default: half the arena).
+    sake of transfer-cache bytes (default: half the arena). ``policy`` names what is evicted first
+    (:data:`kvpool.eviction.POLICIES`); ConfigError for others.
     """
 
     def __init__(
@@ -60,13 +61,14 @@ class PoolCore:
         clock: Callable[[], float],
         tenant_quota_bytes: Mapping[str, int] | None = None,
         prefix_floor_bytes: int | None = None,
+        policy: str = DEFAULT_POLICY,
     ) -> None:
         self.arena = arena
         self.clock = clock
         self.on_request: Callable[[str, bytes], None] | None = None
         """Called with (tenant, request) when a put with that request begins."""
-        self._lru = Lru()
-        self.memory = Memory(arena, self._lru, tenant_quota_bytes, prefix_floor_bytes)
+        self._eviction = Eviction(make_policy(policy), arena.total_pages)
+        self.memory = Memory(arena, self._eviction, tenant_quota_bytes, prefix_floor_bytes)
         self._ghosts = GhostList()
         self._rooms: dict[bytes, Room] = {}
         self._flat: dict[str, FlatShelf] = {}
@@ -87,7 +89,14 @@ class PoolCore:
             if len(self._rooms) >= MAX_NAMESPACES:
                 raise NamespaceError(f"the pool has {MAX_NAMESPACES} namespaces, its limit: use fewer layouts or salts")
             self._shelf(tenant)
-            tree = Tree(ns, self._lru, self._ghosts, lambda slabs: self._free(tenant, slabs), self.clock)
+            tree = Tree(
+                ns,
+                self._eviction,
+                self._ghosts,
+                lambda slabs: self._free(tenant, slabs),
+                self.clock,
+                self.arena.page_bytes,
+            )
             room = self._rooms[ns.id] = Room(tree, Geometry(layout))
         return room.tree.ns
 
@@ -244,12 +253,13 @@ class PoolCore:
         if put is not None:
             selection, sources = follow(self.arena, room.tree, room.geometry, put, by_slot)
         elif chain is not None:
-            path, tail, selection = self._restorable(room.tree, chain, boundary)
+            waits = request is not None and not self._requests.known(ns.tenant, request)
+            path, tail, selection = self._restorable(room.tree, chain, boundary, counts=not waits)
             held = held_at(room.tree, path, tail, boundary)
             sources = page_lists(self.arena, room.geometry, ns.block_tokens, extents, held)
         else:
             raise MissError(f"request {request.hex() if request else None} is not in the pool")
-        room.tree.touch(selection)
+        room.tree.touch(selection, used=True)
         room.tree.pin(selection)
         get = Get(
             self,
@@ -270,12 +280,18 @@ class PoolCore:
         """Whether a put with this request has begun (and its outcome is not forgotten yet)."""
         return self._requests.known(tenant, request)
 
-    def _restorable(self, tree: Tree, chain: KeyChain, length: int) -> tuple[Nodes, int | None, Selection]:
-        """Path, tail node and needed units of ``length``; MissError when it cannot be restored."""
+    def _restorable(
+        self, tree: Tree, chain: KeyChain, length: int, *, counts: bool = True
+    ) -> tuple[Nodes, int | None, Selection]:
+        """Path, tail node and needed units of ``length``; MissError when it cannot be restored.
+
+        ``counts``: that is a miss. (A reader that came before its request's put waits for it: not yet.)
+        """
         path = tree.find(chain.blocks)
         lengths = match(tree.view(chain, path), length)
         if lengths.length != length:
-            self._misses[self._miss_reason(tree, chain, path)] += 1
+            if counts:
+                self._misses[self._miss_reason(tree, chain, path)] += 1
             raise MissError(
                 f"{length} tokens cannot be restored; the longest that can is {lengths.length} "
                 f"(groups alone: {', '.join(f'{g} {n}' for g, n in lengths.reach.items())})",
@@ -292,7 +308,7 @@ class PoolCore:
         self._check_active()
         self._check_reach(chain, length, (length,))
         _, _, selection = self._restorable(tree, chain, length)
-        tree.touch(selection)
+        tree.touch(selection, used=True)
         tree.pin(selection)
         number = next(self._lease_ids)
 
@@ -416,7 +432,7 @@ class PoolCore:
             check_tenant(tenant)
             if len(self._flat) >= MAX_TENANTS:
                 raise NamespaceError(f"the pool has {MAX_TENANTS} tenants, its limit")
-            shelf = self._flat[tenant] = FlatShelf(tenant, self._lru, lambda slabs: self._free(tenant, slabs))
+            shelf = self._flat[tenant] = FlatShelf(tenant, self._eviction, lambda slabs: self._free(tenant, slabs))
         return shelf
 
     @staticmethod

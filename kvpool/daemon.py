@@ -41,6 +41,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for any free one [7777]")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory for the pool, such as 8GiB [1GiB]")] = None,
+    policy: Annotated[str | None, typer.Option(help="Eviction: marconi, lru, s3fifo, sieve or gdsf [marconi]")] = None,
     name: Annotated[str | None, typer.Option(help="Name shown to peers")] = None,
     insecure: Annotated[
         bool | None, typer.Option(help="Listen beyond loopback without encryption", show_default=False)
@@ -53,10 +54,8 @@ def serve(
     transfers in progress, a second one stops at once.
     """
     try:
-        settings = load(
-            config,
-            {"host": host, "port": port, "memory": memory, "name": name, "insecure": insecure, "grace_s": grace_s},
-        )
+        given = {"host": host, "port": port, "memory": memory, "policy": policy, "name": name}
+        settings = load(config, {**given, "insecure": insecure, "grace_s": grace_s})
         clean = _run(run(settings))
     except KVError as error:
         print(f"kvpoold: {error.message}", file=sys.stderr)
@@ -85,6 +84,7 @@ async def run(config: DaemonConfig) -> bool:
         clock=time.monotonic,
         tenant_quota_bytes={tenant: parse_size(size) for tenant, size in config.quotas.items()},
         prefix_floor_bytes=parse_size(config.prefix_floor) if config.prefix_floor else None,
+        policy=config.policy,
     )
     # What the daemon sends lies in its own blocks and stays pinned: there is nothing to spill.
     endpoint_config = EndpointConfig(

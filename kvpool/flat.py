@@ -1,4 +1,4 @@
-"""Flat objects: bytes under a key, without parent or position. They rank by recency beside blocks and states."""
+"""Flat objects: bytes under a key, without parent or position. They rank by recency and bytes beside blocks and states."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvtransport.buffers import PageList
 from kvtransport.errors import DeadlineError, KVError, TransferCancelledError, TransferError
 from kvtransport.manifest import Manifest
 
 from .arena import Slab
-from .lru import BLOCKED, Lru
+from .eviction import BLOCKED, GONE, Eviction
 from .placement import Slot
 from .put import PutState
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from .core import PoolCore
 
 _SLOTS_PER_LAYER = 64
+_UNKNOWN: NDArray[np.float32] = np.array([np.nan], dtype=np.float32)
+"""What recomputing an object would cost."""
 
 
 def slot_of(index: int) -> Slot:
@@ -34,7 +39,8 @@ class FlatEntry:
     slab: Slab
     checksum: int
     number: int = 0
-    touch: int = 0
+    rank: float = 0.0
+    uses: int = 0
     pins: int = 0
     queued: bool = False
     gone: bool = False
@@ -43,13 +49,13 @@ class FlatEntry:
 class FlatShelf:
     """The flat objects of one tenant."""
 
-    def __init__(self, tenant: str, lru: Lru, free: Callable[[list[Slab]], None]) -> None:
+    def __init__(self, tenant: str, eviction: Eviction, free: Callable[[list[Slab]], None]) -> None:
         self.tenant = tenant
         self.unpinned_pages = 0
         self.pages = 0
         self.evictions = 0
-        self.number = lru.add(self)
-        self._lru, self._free = lru, free
+        self.number = eviction.add(self)
+        self._eviction, self._free = eviction, free
         self._by_key: dict[bytes, FlatEntry] = {}
         self._by_number: dict[int, FlatEntry] = {}
         self._next = 0
@@ -64,13 +70,19 @@ class FlatShelf:
         """The object under ``key``, now the most recently used."""
         entry = self._by_key.get(key)
         if entry is not None:
-            entry.touch = self._lru.tick()
+            entry.uses += 1
+            uses = np.array([entry.uses], dtype=np.int32)
+            ranks = self._eviction.policy.rank(self._now(), uses, _UNKNOWN, 1)
+            if ranks is not None:
+                entry.rank = float(ranks[0])
         return entry
 
     def put(self, key: bytes, slab: Slab, checksum: int) -> None:
         """Store an object in the place of any older one."""
         self.drop(key)
-        entry = FlatEntry(key, slab, checksum, self._next, self._lru.tick())
+        pages = np.array([len(slab.pages)], dtype=np.int32)
+        rank = float(self._eviction.policy.first_rank(self._now(), _UNKNOWN, pages, 1)[0])
+        entry = FlatEntry(key, slab, checksum, self._next, rank)
         self._next += 1
         self._by_key[key] = self._by_number[entry.number] = entry
         self.pages += len(slab.pages)
@@ -89,7 +101,7 @@ class FlatShelf:
             self.unpinned_pages -= len(entry.slab.pages)
             self._free([entry.slab])
         if entry.queued:
-            self._lru.forget(self.tenant, 1)
+            self._eviction.forget(self.tenant, 1)
         return True
 
     def clear(self) -> int:
@@ -114,16 +126,28 @@ class FlatShelf:
             self.unpinned_pages += len(entry.slab.pages)
             self._offer(entry)
 
-    # -- as a shelf of the LRU -------------------------------------------------------------------
+    # -- to be evicted ------------------------------------------------------------------------
 
-    def check(self, unit: int, node: int, generation: int) -> int:
+    def check(self, unit: int, node: int, generation: int) -> float:
         entry = self._by_number.get(node)
         if entry is None:
-            return BLOCKED
+            return GONE
         if entry.pins:
             entry.queued = False
             return BLOCKED
-        return entry.touch
+        return entry.rank
+
+    def uses(self, unit: int, node: int) -> int:
+        return self._by_number[node].uses
+
+    def set_uses(self, unit: int, node: int, uses: int) -> None:
+        self._by_number[node].uses = uses
+
+    def pages_of(self, unit: int, node: int) -> int:
+        return len(self._by_number[node].slab.pages)
+
+    def key(self, unit: int, node: int) -> bytes:
+        return self._by_number[node].key
 
     def evict(self, unit: int, node: int, why: str) -> None:
         entry = self._by_number[node]
@@ -131,10 +155,13 @@ class FlatShelf:
         self.evictions += 1
         self.drop(entry.key)
 
+    def _now(self) -> NDArray[np.int64]:
+        return np.array([self._eviction.tick()], dtype=np.int64)
+
     def _offer(self, entry: FlatEntry) -> None:
         if not entry.queued:
             entry.queued = True
-            self._lru.push(self.tenant, (entry.touch, self.number, 0, entry.number, 0))
+            self._eviction.push(self.tenant, self.number, 0, entry.number, 0, entry.rank)
 
 
 class FlatPut:

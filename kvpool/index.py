@@ -25,11 +25,14 @@ from kvtransport.layout import GroupKind
 
 from .arena import Slab
 from .errors import KeyChainError
+from .eviction import BLOCKED, FIRST, GONE, Eviction, GhostList, Stored
+from .eviction.flops import FlopsModel
+from .eviction.segments import describe
 from .keys import KeyChain, Namespace
-from .lru import BLOCKED, GhostList, Lru
 from .match import Ghost, Tail, View, rules_of
 
 Nodes = NDArray[np.int32]
+Floats = NDArray[np.float64]
 Selection = list[tuple[int, Nodes]]
 """(unit, nodes) pairs: what an operation touches or pins."""
 
@@ -40,15 +43,19 @@ _FIND_FIRST = 128
 
 
 class Tree:
-    """The index of ``ns``. ``free`` takes the slabs of what is evicted, ``clock`` gives seconds for ghosts."""
+    """The index of ``ns``. ``free`` takes the slabs of what is evicted, ``clock`` gives seconds for ghosts.
+
+    ``page_bytes`` is the size of the arena's pages, for what a byte of an entry saves.
+    """
 
     def __init__(
         self,
         ns: Namespace,
-        lru: Lru,
+        eviction: Eviction,
         ghosts: GhostList,
         free: Callable[[list[Slab]], None],
         clock: Callable[[], float],
+        page_bytes: int,
     ) -> None:
         self.ns = ns
         self.rules = rules_of(ns.layout)
@@ -65,11 +72,15 @@ class Tree:
             self.units[joint[rule.kind]].append(group)
         self.full: int | None = joint.get(GroupKind.FULL)
         self.state: int | None = joint.get(GroupKind.RECURRENT)
-        self.number = lru.add(self)
+        self.number = eviction.add(self)
         self.unpinned_pages = 0
         self.group_slabs = [0] * len(self.rules)
         self.group_pages = [0] * len(self.rules)
-        self._lru, self._ghosts, self._free, self._clock = lru, ghosts, free, clock
+        self._eviction, self._ghosts, self._free, self._clock = eviction, ghosts, free, clock
+        self._policy = eviction.policy
+        self._flops = FlopsModel(ns.layout)
+        self._page_bytes = page_bytes
+        self._ends = [u for u in range(len(self.units)) if u != self.full]
         self._ids: dict[bytes, int] = {}
         self._keys: list[bytes] = []
         self._slabs: list[list[Slab | None]] = [[] for _ in self.rules]
@@ -84,7 +95,10 @@ class Tree:
         self._queued = np.empty((units, 0), dtype=np.bool_)
         self._pins = np.empty((units, 0), dtype=np.int32)
         self._pages = np.empty((units, 0), dtype=np.int32)
-        self._touch = np.empty((units, 0), dtype=np.int64)
+        self._rank = np.empty((units, 0), dtype=np.float64)
+        self._uses = np.empty((units, 0), dtype=np.int32)
+        self._value = np.empty((units, 0), dtype=np.float32)
+        self._turn = np.empty(0, dtype=np.int32)
         self._generation = np.empty((units, 0), dtype=np.int32)
 
     @property
@@ -188,12 +202,30 @@ class Tree:
 
     # -- recency and pins ------------------------------------------------------------------------
 
-    def touch(self, selection: Selection) -> None:
-        """Make ``selection`` the most recently used, what is nearer to the root more so."""
+    def touch(self, selection: Selection, *, turn: int | None = None, used: bool = False) -> None:
+        """Make ``selection`` the most recently used, what is nearer to the root more so.
+
+        ``used`` counts as a use of what is in it. ``turn`` is that of the sequence (see :meth:`turn_after`; default: one
+        that continues the selection).
+        """
         longest = max((len(nodes) for _, nodes in selection), default=0)
-        base = self._lru.tick(longest + 1)
+        if not longest:
+            return
+        base = self._eviction.tick(longest + 1)
+        if turn is None:
+            last = max((nodes for _, nodes in selection if len(nodes)), key=lambda n: int(self._position[n[-1]]))
+            turn = self.turn_after(last)
         for unit, nodes in selection:
-            self._touch[unit, nodes] = base + np.arange(len(nodes) - 1, -1, -1)
+            if used:
+                self._uses[unit, nodes] += 1
+            touches = base + np.arange(len(nodes) - 1, -1, -1)
+            ranks = self._policy.rank(touches, self._uses[unit, nodes], self._value[unit, nodes], turn)
+            if ranks is not None:
+                self._rank[unit, nodes] = ranks
+
+    def turn_after(self, path: Nodes) -> int:
+        """The turn of a sequence that goes on after ``path``: one more than that of its last node, 1 after the root."""
+        return int(self._turn[path[-1]]) + 1 if len(path) else 1
 
     def pin(self, selection: Selection) -> None:
         """Keep ``selection`` until :meth:`unpin` of the same."""
@@ -211,10 +243,21 @@ class Tree:
     def _offer(self, unit: int, nodes: Nodes) -> None:
         """Queue for eviction what is not queued yet."""
         nodes = nodes[~self._queued[unit, nodes] & self._resident[unit, nodes]]
+        if unit == self.full and not self._policy.queues_interior:
+            nodes = nodes[self._children[nodes] == 0]  # the others are offered when they have become leaves
         self._queued[unit, nodes] = True
-        touches, generations = self._touch[unit, nodes].tolist(), self._generation[unit, nodes].tolist()
-        for touch, node, generation in zip(touches, nodes.tolist(), generations, strict=True):
-            self._lru.push(self.tenant, (touch, self.number, unit, node, generation))
+        ranks, generations = self._rank[unit, nodes].tolist(), self._generation[unit, nodes].tolist()
+        for rank, node, generation in zip(ranks, nodes.tolist(), generations, strict=True):
+            self._eviction.push(self.tenant, self.number, unit, node, generation, rank)
+
+    def _demote(self, unit: int, node: int, rank: float) -> None:
+        """Have an entry evicted earlier than its order knows: the old place in it becomes void when it comes up."""
+        if self._rank[unit, node] > rank:
+            self._rank[unit, node] = rank
+            if self._queued[unit, node]:
+                self._queued[unit, node] = False
+                self._offer(unit, np.array([node], dtype=np.int32))
+                self._eviction.forget(self.tenant, 1)
 
     # -- storing ---------------------------------------------------------------------------------
 
@@ -242,6 +285,7 @@ class Tree:
         first = len(path) - missing
         self._parent[new] = path[first - 1 : -1] if first else np.r_[np.int32(ROOT), new[:-1]]
         self._position[new] = np.arange(first + 1, len(path) + 1, dtype=np.int64) * self.ns.block_tokens
+        self._take_turns(keys, path, first)
         parents = path[max(0, first - 1) : -1]
         self._children[parents] += 1
         return path
@@ -258,14 +302,28 @@ class Tree:
             raise KeyChainError(f"checkpoint key {key.hex()[:16]} is already known as an engine's block hash")
         node = self._new_node(key)
         self._parent[node], self._position[node] = parent, position
+        self._turn[node] = 1 if parent == ROOT else self._turn[parent]
         if parent != ROOT:
             self._children[parent] += 1
         here = self._tails.setdefault(parent, {})
         here[position] = here.get(position, 0) + 1
         return node
 
-    def place(self, unit: int, nodes: Nodes, slabs: Sequence[Sequence[Slab]]) -> list[Slab]:
-        """Make ``slabs[i][j]`` (group ``units[unit][i]``, node ``nodes[j]``) resident; returns those of nodes that have them already."""
+    def _take_turns(self, keys: Sequence[bytes], path: Nodes, first: int) -> None:
+        """The turns of the new nodes ``path[first:]``; those of nodes that were evicted lately are remembered."""
+        turn, unit = self.turn_after(path[:first]), 0 if self.full is None else self.full
+        at = first
+        while at < len(keys) and (ghost := self._ghosts.get(self.number, unit, keys[at])) is not None:
+            self._turn[path[at]] = ghost.turn
+            turn = ghost.turn + 1
+            at += 1
+        self._turn[path[at:]] = turn
+
+    def place(self, unit: int, nodes: Nodes, slabs: Sequence[Sequence[Slab]], path: Nodes = _NO_NODES) -> list[Slab]:
+        """Make ``slabs[i][j]`` (group ``units[unit][i]``, node ``nodes[j]``) resident; returns those of nodes that have them already.
+
+        ``path`` leads to the last of ``nodes``: what a checkpoint saves is counted from the one before it.
+        """
         there = self._resident[unit, nodes]
         spare: list[Slab] = []
         fresh = nodes[~there]
@@ -282,12 +340,62 @@ class Tree:
                     self.group_pages[group] += len(slab.pages)
         self._resident[unit, fresh] = True
         self._pages[unit, fresh] = pages[~there]
-        self._touch[unit, fresh] = self._lru.tick(len(fresh) + 1) + np.arange(len(fresh) - 1, -1, -1)
+        self._uses[unit, fresh] = 0
+        if len(fresh):
+            self._value[unit, fresh] = self._saved(unit, fresh, path) / (self._pages[unit, fresh] * self._page_bytes)
+            touches = self._eviction.tick(len(fresh) + 1) + np.arange(len(fresh) - 1, -1, -1)
+            self._rank[unit, fresh] = self._policy.first_rank(
+                touches, self._value[unit, fresh], self._pages[unit, fresh], int(self._turn[fresh[-1]])
+            )
         self.unpinned_pages += int(pages.sum())
         for node in fresh.tolist():
             self._ghosts.drop(self.number, unit, self._keys[node])
         self._offer(unit, fresh)
         return spare
+
+    def _saved(self, unit: int, nodes: Nodes, path: Nodes) -> Floats:
+        """FLOPs that each of ``nodes`` saves relative to its parent: the block before it, or the checkpoint before it.
+
+        The blocks of one window serve one checkpoint and share what it saves.
+        """
+        stops = self._position[nodes]
+        if unit == self.full:
+            step = self.ns.block_tokens
+            return self._flops.upto(stops) - self._flops.upto(np.maximum(0, (stops - 1) // step * step))
+        ends = self._position[path[self._resident[unit, path]]] if len(path) else np.empty(0, np.int64)
+        gap = 0 if unit == self.state else self.ns.block_tokens
+        return self._flops.between_checkpoints(stops, ends, gap)
+
+    def stored(self, path: Nodes) -> None:
+        """Everything of a sequence along ``path`` is placed: demote what it supersedes, tell a policy that learns."""
+        if not len(path):
+            return
+        ends = [np.flatnonzero(self._resident[u, path]) for u in self._ends]
+        for unit, at in zip(self._ends, ends, strict=True):
+            older = path[at[-2]] if len(at) > 1 else ROOT
+            if older != ROOT and self._children[older] <= 1 and self.rules[self.units[unit][0]].window is None:
+                rank = float(self._rank[unit, older])
+                self._demote(unit, int(older), self._policy.superseded(rank))
+        if self._policy.learns and self.full is not None:
+            self._policy.learn(self._describe(path, self.full))
+
+    def _describe(self, path: Nodes, full: int) -> Stored:
+        """The sequence as a policy that learns sees it."""
+        ends = np.asarray(self._ends, dtype=np.intp)[:, None]
+        resident = self._resident[ends, path]
+        pages = self._pages[ends, path] * resident
+        values = np.where(resident, self._value[ends, path], 0.0).sum(axis=0) / np.maximum(1, resident.sum(axis=0))
+        return describe(
+            lambda at: [(self.number, self._keys[n]) for n in path[at].tolist()],
+            positions=self._position[path],
+            pages=self._pages[full, path],
+            end_pages=pages.sum(axis=0),
+            end_values=values,
+            needs_ends=bool(self._ends),
+            flops=self._flops,
+            page_bytes=self._page_bytes,
+            turn=int(self._turn[path[-1]]),
+        )
 
     def prune(self, node: int) -> None:
         """Forget ``node`` and its ancestors as far as they hold nothing and lead nowhere."""
@@ -305,25 +413,46 @@ class Tree:
                     del self._tails[parent]
             if parent != ROOT:
                 self._children[parent] -= 1
-                if not self._children[parent] and self.full is not None and not self._pins[self.full, parent]:
-                    self._offer(self.full, np.array([parent], dtype=np.int32))
+                if not self._children[parent] and self.full is not None:
+                    self._check_orphan(parent)
+                    if not self._pins[self.full, parent]:
+                        self._offer(self.full, np.array([parent], dtype=np.int32))
             node = parent
 
     # -- evicting --------------------------------------------------------------------------------
 
-    def check(self, unit: int, node: int, generation: int) -> int:
-        """The entry's current touch, or BLOCKED (see :class:`kvpool.lru.Shelf`)."""
+    def check(self, unit: int, node: int, generation: int) -> float:
+        """The entry's rank, BLOCKED or GONE (see :class:`kvpool.eviction.Shelf`)."""
         if self._generation[unit, node] != generation or not self._resident[unit, node]:
-            return BLOCKED
+            return GONE
         if self._pins[unit, node] or (unit == self.full and self._children[node]):
             self._queued[unit, node] = False
             return BLOCKED
-        return int(self._touch[unit, node])
+        return float(self._rank[unit, node])
+
+    def uses(self, unit: int, node: int) -> int:
+        return int(self._uses[unit, node])
+
+    def set_uses(self, unit: int, node: int, uses: int) -> None:
+        self._uses[unit, node] = uses
+
+    def pages_of(self, unit: int, node: int) -> int:
+        return int(self._pages[unit, node])
+
+    def key(self, unit: int, node: int) -> bytes:
+        return self._keys[node]
+
+    def _check_orphan(self, node: int) -> None:
+        """Blocks at the end of a sequence that lost its checkpoint can only be evicted: the policy may want them first."""
+        if self.full is None or not self._ends or not self._policy.orphans_first:
+            return
+        if self._resident[self.full, node] and not self._children[node] and not self._resident[self._ends, node].any():
+            self._demote(self.full, node, FIRST)
 
     def evict(self, unit: int, node: int, why: str) -> None:
         """Free what :meth:`check` allowed, with what is of no use without it."""
         whole = unit == self.full or self._position[node] % self.ns.block_tokens
-        ghost = Ghost(self._clock(), why)
+        ghost = Ghost(self._clock(), why, int(self._turn[node]))
         slabs: list[Slab] = []
         lost = 0
         for u in np.flatnonzero(self._resident[:, node]).tolist() if whole else [unit]:
@@ -340,9 +469,11 @@ class Tree:
             self._generation[u, node] += 1
             self._ghosts.add(self.number, u, self._keys[node], ghost)
         self._free(slabs)
+        if not whole:
+            self._check_orphan(node)
         self.prune(node)
         if lost:
-            self._lru.forget(self.tenant, lost)
+            self._eviction.forget(self.tenant, lost)
 
     def clear(self, why: str = "cleared") -> int:
         """Evict all that is not pinned; returns how many entries went."""
@@ -357,7 +488,7 @@ class Tree:
                 queued = bool(self._queued[unit, node])
                 self.evict(unit, node, why)
                 if queued:
-                    self._lru.forget(self.tenant, 1)
+                    self._eviction.forget(self.tenant, 1)
         return before - int(self._resident.sum())
 
     def entries(self) -> dict[str, int]:
@@ -388,8 +519,11 @@ class Tree:
             "_queued",
             "_pins",
             "_pages",
-            "_touch",
             "_generation",
+            "_rank",
+            "_uses",
+            "_value",
+            "_turn",
         ):
             column: NDArray[Any] = getattr(self, name)
             setattr(self, name, np.concatenate([column, np.zeros((*column.shape[:-1], more), column.dtype)], axis=-1))

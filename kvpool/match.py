@@ -152,10 +152,14 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Ghost:
-    """What was there and is no more: ``at`` on the pool's clock in seconds, ``why`` in a word (capacity, quota, cleared)."""
+    """What was there and is no more: ``at`` on the pool's clock in seconds, ``why`` in a word (capacity, quota, cleared).
+
+    ``turn``: how many sequences had continued one another up to it.
+    """
 
     at: float
     why: str
+    turn: int = 1
 
 
 @dataclass(frozen=True, slots=True)

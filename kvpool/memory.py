@@ -9,20 +9,20 @@ from kvtransport.errors import ConfigError
 
 from .arena import BlockClass, PageArena, Slab
 from .errors import PoolFullError, QuotaError
-from .lru import Lru
+from .eviction import Eviction
 
 Sizes = tuple[Sequence[int], BlockClass]
 
 
 class Memory:
-    """Allocates from ``arena`` for tenants, evicting through ``lru``.
+    """Allocates from ``arena`` for tenants, evicting through ``eviction``.
 
     ``quota_bytes`` limits tenants by name, in whole pages. ``floor_bytes`` of blocks and states are not evicted for
     the sake of transfer-cache bytes (None: half the arena). Raises ConfigError for a floor outside the arena.
     """
 
     def __init__(
-        self, arena: PageArena, lru: Lru, quota_bytes: Mapping[str, int] | None, floor_bytes: int | None
+        self, arena: PageArena, eviction: Eviction, quota_bytes: Mapping[str, int] | None, floor_bytes: int | None
     ) -> None:
         floor = arena.total_bytes // 2 if floor_bytes is None else floor_bytes
         if not 0 <= floor <= arena.total_bytes:
@@ -30,7 +30,7 @@ class Memory:
         self.arena = arena
         self.evictions: Counter[str] = Counter()
         """Evictions by reason."""
-        self._lru = lru
+        self._eviction = eviction
         self._quota = {tenant: n // arena.page_bytes for tenant, n in (quota_bytes or {}).items()}
         self._floor = floor // arena.page_bytes
         self._used: Counter[str] = Counter()
@@ -41,7 +41,7 @@ class Memory:
 
     def evictable_bytes(self, tenant: str | None = None) -> int:
         """Bytes that are in the cache and neither leased nor being read."""
-        return self._lru.unpinned_pages(tenant) * self.arena.page_bytes
+        return self._eviction.unpinned_pages(tenant) * self.arena.page_bytes
 
     def free(self, tenant: str, slabs: Sequence[Slab]) -> None:
         self.arena.free_many(slabs)
@@ -62,11 +62,11 @@ class Memory:
 
     def _make_room(self, tenant: str, pages: int, *, transfer: bool) -> None:
         size, arena = self.arena.page_bytes, self.arena
-        spare = self._lru.unpinned_pages()
+        spare = self._eviction.unpinned_pages()
         if transfer:
             kept = (arena.bytes_of(BlockClass.PREFIX) + arena.bytes_of(BlockClass.STATE)) // size
             spare = min(spare, max(0, kept - self._floor))
-        own = min(self._lru.unpinned_pages(tenant), spare)
+        own = min(self._eviction.unpinned_pages(tenant), spare)
         quota = self._quota.get(tenant)
         over = 0 if quota is None else self._used[tenant] + pages - quota
         if quota is not None and over > own:
@@ -91,7 +91,7 @@ class Memory:
             self._evict(None, "capacity")
 
     def _evict(self, tenant: str | None, why: str) -> None:
-        if not self._lru.evict(tenant, why):
+        if not self._eviction.evict(tenant, why):
             raise PoolFullError(
                 "nothing is left to evict although the pool counted on it: this is a defect, please report it"
             )

@@ -17,6 +17,7 @@ from .arena import PageArena
 from .core import PoolCore
 from .embedded import EmbeddedGet, EmbeddedPut
 from .errors import MissError, NamespaceError, PoolError
+from .eviction import DEFAULT_POLICY
 from .keys import KeyChain, Namespace, check_tenant
 from .match import Explanation, Match
 from .protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
@@ -84,10 +85,14 @@ class Pool:
         tenant: str = "default",
         tenant_quota_bytes: Mapping[str, int] | None = None,
         prefix_floor_bytes: int | None = None,
+        policy: str = DEFAULT_POLICY,
         clock: Callable[[], float] = time.monotonic,
         arena: Arena | None = None,
     ) -> Self:
-        """A pool over ``memory_bytes`` of new memory (or over ``arena``). Raises ArenaError or ConfigError."""
+        """A pool over ``memory_bytes`` of new memory (or over ``arena``); other settings as in :class:`PoolCore`.
+
+        Raises ArenaError or ConfigError.
+        """
         memory = Arena(memory_bytes) if arena is None else arena
         try:
             core = PoolCore(
@@ -95,6 +100,7 @@ class Pool:
                 clock=clock,
                 tenant_quota_bytes=tenant_quota_bytes,
                 prefix_floor_bytes=prefix_floor_bytes,
+                policy=policy,
             )
         except KVError:
             if arena is None:

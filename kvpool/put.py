@@ -276,11 +276,12 @@ class Put:
         for unit, groups in enumerate(tree.units):
             held = [self.held[g] for g in groups]
             for nodes, columns in _columns(held, path, tails, step):
-                self._spare += tree.place(unit, nodes, columns)
+                self._spare += tree.place(unit, nodes, columns, path)
                 placed.append((unit, nodes))
         self.held = {}
-        if tree.full is not None:
-            tree.touch([(tree.full, path)])
+        if tree.full is not None and len(path):
+            tree.touch([(tree.full, path)], turn=int(tree.turn_after(path)) - 1)
+        tree.stored(path)
         if self.followers:
             # They may read what was placed: it stays until they are done, and so does the path that leads to it.
             whole = [(tree.full, path)] if tree.full is not None else []

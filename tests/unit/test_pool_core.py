@@ -414,6 +414,20 @@ def test_leaves_go_before_their_parents():
     check_idle(core)
 
 
+def test_a_reader_that_comes_before_its_request_is_not_a_miss_yet(core, ns):
+    with pytest.raises(MissError):
+        get(core, ns, boundary=96, request=REQUEST)
+    assert core.stat()["misses"] == {}
+    begin(core, ns, boundary=96, request=REQUEST).abort()
+    with pytest.raises(TransferCancelledError):
+        get(core, ns, boundary=96, request=REQUEST)
+    assert core.stat()["misses"] == {}
+    with pytest.raises(MissError):
+        get(core, ns, boundary=96)
+    assert core.stat()["misses"] == {"never_stored": 1}
+    check_idle(core)
+
+
 def test_leaves_go_first_even_when_they_are_newer():
     core = make_core(pages=64, page_bytes=DENSE_PAGE)
     ns = core.open_namespace("t", LAYOUTS["dense"], STEP)
@@ -422,7 +436,7 @@ def test_leaves_go_first_even_when_they_are_newer():
     path = tree.find(KeyChain(ns, TOKENS).blocks)
     tree.touch([(tree.full, path[10:])])
     for _ in range(4):
-        assert core._lru.evict(None, "test")
+        assert core._eviction.evict(None, "test")
     assert core.match(ns, KeyChain(ns, TOKENS)).length == 320 - 4 * STEP
     check_idle(core)
 
@@ -436,7 +450,7 @@ def test_a_checkpoint_off_the_grid_goes_as_a_whole():
         chain = KeyChain(ns, TOKENS)
         node = tree.find_tail(chain, 40, tree.find(chain.blocks))
         tree.evict(unit, node, "test")
-        core._lru.forget("t", 1)
+        core._eviction.forget("t", 1)
         assert core.stat()["entries"]["tails"] == 0
         assert core.stat()["entries"]["nodes"] == 2
         check_idle(core)
@@ -479,7 +493,7 @@ def test_a_state_without_blocks_and_blocks_without_state():
     tree = core._rooms[ns.id].tree
     path = tree.find(KeyChain(ns, TOKENS).blocks)
     tree.evict(tree.state, int(path[7]), "test")  # blocks without their state
-    core._lru.forget("t", 1)
+    core._eviction.forget("t", 1)
     assert lengths(core, ns) == [64]
     with pytest.raises(MissError, match="the longest that can is 64") as caught:
         get(core, ns, boundary=128)
@@ -488,7 +502,7 @@ def test_a_state_without_blocks_and_blocks_without_state():
     assert {g.group: g.ended_by for g in told.groups}["linear"] is Reason.EVICTED
     window = tree.unit_of[2]
     tree.evict(window, int(path[2]), "test")  # a state without the window before it
-    core._lru.forget("t", 1)
+    core._eviction.forget("t", 1)
     assert lengths(core, ns) == []
     told = core.explain(ns, KeyChain(ns, TOKENS[:65]))
     assert {g.group: g.ended_by for g in told.groups}["window"] is Reason.EVICTED
@@ -583,7 +597,7 @@ def test_many_evictions_leave_the_order_small():
     ns = core.open_namespace("t", LAYOUTS["hybrid"], STEP)
     for i in range(300):
         store(core, ns, [i, *TOKENS], 96, checkpoints=(32, 50))
-    assert core._lru.queued < 2_000
+    assert core._eviction.queued < 2_000
     assert len(core._rooms[ns.id].tree) < 200
     check_idle(core)
 

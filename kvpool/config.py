@@ -45,6 +45,8 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Seconds of silence before a peer is pinged."""
     dead_after_s: float = 15.0
     """Seconds of silence after which a peer is given up."""
+    reconnect_s: float = 10.0
+    """Seconds that a client whose connections are lost is waited for; its puts and gets stay as they are meanwhile."""
     window_bytes: int = 64 << 20
     """Bytes a producer may have sent and not yet seen applied, per put."""
     prefix_floor: str = ""
@@ -86,4 +88,6 @@ def load(path: Path | None, overrides: dict[str, object]) -> DaemonConfig:
         raise ConfigError(f"there is no eviction policy {config.policy!r}: choose one of {', '.join(POLICIES)}")
     if config.memory_bytes <= 0:
         raise ConfigError(f"memory must be above 0, got {config.memory!r}")
+    if config.reconnect_s < 0:
+        raise ConfigError(f"reconnect_s must not be below 0, got {config.reconnect_s}")
     return config

@@ -92,6 +92,7 @@ async def run(config: DaemonConfig) -> bool:
         insecure=config.insecure,
         keepalive_s=config.keepalive_s,
         dead_after_s=config.dead_after_s,
+        reconnect_s=config.reconnect_s,
         spill=SpillPolicy(budget_bytes=0),
     )
     endpoint = Endpoint(endpoint_config)

@@ -7,13 +7,14 @@ frame at a time, taken from the owner when there is room, so that a chunk goes t
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from .buffers import Hasher, PageList
-from .errors import KVError, LimitError, PeerLostError, ProtocolError
+from .errors import Fault, KVError, LimitError, PeerLostError, ProtocolError
 from .io.base import ByteStream
 from .wire import bodies
 from .wire.frames import (
@@ -78,6 +79,8 @@ class Connection:
         self.owner = owner
         self.index = 0
         self.closed = False
+        self.established = False
+        """Its handshake is over: whoever is at the other end speaks this protocol."""
         self.last_heard = now
         self.last_ping = now
         self.received_bytes = 0
@@ -138,7 +141,7 @@ class Connection:
                         self._begin()
                     elif self._head_at >= len(MAGIC) and not self._head.startswith(MAGIC):
                         # A stranger may never send 64 bytes: the four it sent say enough.
-                        unpack_header(self._head, self._limits)
+                        self._unpack()
         except KVError as error:
             self.refuse(error)
         except EOFError:
@@ -158,8 +161,16 @@ class Connection:
             self._finish(pages)
         return rest
 
+    def _unpack(self) -> Header:
+        try:
+            return unpack_header(self._head, self._limits)
+        except ProtocolError as error:
+            if self.established and not self._head.startswith(MAGIC):
+                error.fault = Fault.NETWORK  # it does speak this protocol: this was damaged on its way
+            raise
+
     def _begin(self) -> None:
-        header = unpack_header(self._head, self._limits)
+        header = self._unpack()
         self._head_at = 0
         self._header = header
         self._void = False
@@ -184,7 +195,8 @@ class Connection:
             return
         if self._hasher.intdigest() != header.checksum:
             raise ProtocolError(
-                f"{header.type.name} body from {self.stream.peer} failed its checksum; resetting the connection"
+                f"{header.type.name} body from {self.stream.peer} failed its checksum; resetting the connection",
+                fault=Fault.NETWORK,
             )
         self.owner.control(self, header, pages.tobytes())
 
@@ -297,11 +309,24 @@ class Connection:
             self.flush()
             self._close(error, self.stream.finish)
 
+    def leave(self, last: bytes, error: KVError) -> asyncio.Future[None] | None:
+        """Close with the control frame ``last`` as the last word, where no data frame is half sent.
+
+        Returns what is done when nothing of the connection is left; None when it is closed already.
+        """
+        self.send_control(last)
+        self.flush()
+        if self.closed:
+            return None
+        left: list[asyncio.Future[None]] = []
+        self._close(error, lambda: left.append(self.stream.finish()))
+        return left[0]
+
     def fail(self, error: KVError, *, abort: bool = False) -> None:
         """Close and report ``error`` to the owner. Idempotent."""
         self._close(error, self.stream.abort if abort else self.stream.close)
 
-    def _close(self, error: KVError, close: Callable[[], None]) -> None:
+    def _close(self, error: KVError, close: Callable[[], object]) -> None:
         if self.closed:
             return
         self.closed = True

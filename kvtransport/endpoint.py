@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import ipaddress
 import os
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -42,7 +43,8 @@ class EndpointConfig:
     """Settings of one endpoint. Seconds, bytes, entries.
 
     ``insecure`` must be True to listen on, or dial to, an address beyond loopback while TLS is not configured.
-    ``token`` is a shared secret that dialling peers must present.
+    ``token`` is a shared secret that dialling peers must present. A link without a connection is dialled again, or
+    waited for, for ``reconnect_s``; its transfers stay as they are meanwhile (0: a lost link has ended).
     """
 
     name: str = ""
@@ -51,6 +53,7 @@ class EndpointConfig:
     keepalive_s: float = 5.0
     dead_after_s: float = 15.0
     handshake_timeout_s: float = 5.0
+    reconnect_s: float = 10.0
     max_links: int = 1_024
     max_connections_per_link: int = 64
     max_handshakes: int = 256
@@ -66,12 +69,21 @@ class EndpointConfig:
 class Endpoint:
     """Use as ``async with Endpoint() as endpoint``; everything it made is closed with it.
 
-    Belongs to the event loop it was made in.
+    Belongs to the event loop it was made in. ``entropy(n)`` gives n random bytes for incarnation and link ids.
     """
 
-    def __init__(self, config: EndpointConfig | None = None, *, network: Network | None = None) -> None:
+    def __init__(
+        self,
+        config: EndpointConfig | None = None,
+        *,
+        network: Network | None = None,
+        entropy: Callable[[int], bytes] = os.urandom,
+    ) -> None:
         self.config = config or EndpointConfig()
-        self.incarnation = os.urandom(16)
+        self._entropy = entropy
+        self.incarnation = entropy(16)
+        self.random = random.Random(entropy(8)).random
+        """Numbers from [0, 1), for jitter."""
         self.handlers: dict[str, Handler] = {}
         self.spill_area = SpillArea(self.config.spill.budget_bytes)
         self._loop = asyncio.get_running_loop()
@@ -112,12 +124,14 @@ class Endpoint:
         Raises ConnectError (nobody answers), HandshakeError or VersionError (the peer refuses), InsecureBindError.
         """
         self._guard(host, "connect to")
+        if self.closed:
+            raise _closing()
         if not 1 <= connections <= self.config.max_connections_per_link:
             raise LimitError(
                 f"a link has 1 to {self.config.max_connections_per_link} connections, asked for {connections}",
                 fault=Fault.LOCAL,
             )
-        link_id = os.urandom(16)
+        link_id = self._entropy(16)
         made: list[Link] = []
 
         def join(handshake: _Handshake) -> None:
@@ -143,6 +157,16 @@ class Endpoint:
             if isinstance(error, BaseExceptionGroup):
                 raise error.exceptions[0] from None
             raise
+
+        def rejoin(handshake: _Handshake) -> None:
+            if link.closed:
+                raise ConnectError("the link has ended")
+            link.join(handshake.connection, handshake.machine)
+
+        async def redial(index: int) -> None:
+            await self._dial(host, port, link_id, index, connections, link.peer_incarnation, rejoin)
+
+        link.redial(redial)
         return link
 
     async def _dial(
@@ -156,6 +180,9 @@ class Endpoint:
         join: Callable[[_Handshake], None],
     ) -> None:
         stream = await self._network.connect(host, port)
+        if self.closed:
+            stream.abort()
+            raise _closing()
         machine = ConnectionMachine(Role.DIAL, incarnation=self.incarnation, peer_incarnation=peer_incarnation)
         handshake = _Handshake(self, stream, machine, join)
         handshake.connection.index = index
@@ -197,19 +224,37 @@ class Endpoint:
                 raise HandshakeError(
                     f"connection {hello.index} joins a link that is not known here (it may have ended)"
                 )
+            if hello.peer_incarnation is not None:
+                raise HandshakeError("the link that is dialled again is not known here: it has ended")
+            if len(self._links) >= self.config.max_links:
+                self._end_a_link_that_is_down()
             if len(self._links) >= self.config.max_links:
                 raise LimitError(f"{self.config.max_links} links are open here already", retryable=True)
-            link = Link(self, hello.link, hello, handshake.connection.stream.peer, dialled=False)
-            self._links[hello.link] = link
-            new = True
         else:
-            new = False
-            if hello.incarnation != link.peer_incarnation or len(link.connections) >= link.wanted:
+            if hello.incarnation != link.peer_incarnation or hello.index >= link.wanted or link.dialled:
                 raise HandshakeError("the connection does not belong to the link it names")
+            link.make_room(hello.index)
+            if link.closed:
+                raise HandshakeError("the link that is dialled again has ended")
+        handshake.connection.index = hello.index
         handshake.say_hello(hello.link, hello.index, hello.count)
+        if handshake.connection.closed:
+            return  # it broke under the answer
+        if link is not None:
+            link.join(handshake.connection, handshake.machine)
+            return
+        link = Link(self, hello.link, hello, handshake.connection.stream.peer, dialled=False)
+        self._links[hello.link] = link
         link.join(handshake.connection, handshake.machine)
-        if new and self.on_link is not None:
+        if self.on_link is not None:
             self.on_link(link)
+
+    def _end_a_link_that_is_down(self) -> None:
+        """Whoever is there comes before who may come back."""
+        for link in self.links:
+            if link.down:
+                link.end(PeerLostError(f"{link.peer} was away when its place was needed: too many links"))
+                return
 
     # -- transfers -----------------------------------------------------------------------------
 
@@ -305,10 +350,12 @@ class Endpoint:
         self.closed = True
         for listener in self._listeners:
             listener.close()
-        gone = HandshakeError("this endpoint is closing", fault=Fault.LOCAL)
         for handshake in list(self._handshakes):
-            handshake.connection.fail(gone)
-        for link in self.links:
+            handshake.connection.fail(_closing())
+        links = self.links
+        for link in links:
+            link.end(None)  # all at once: each may have to wait for its peer
+        for link in links:
             await link.close()
         for receiver, _ in list(self._expected.values()):
             await receiver.cancel("the endpoint was closed")
@@ -363,6 +410,7 @@ class _Handshake:
                 f"{self.connection.stream.peer} did not complete the handshake within "
                 f"{self._endpoint.config.handshake_timeout_s:g} s; is it a kvtransport port?",
                 fault=Fault.REMOTE,
+                retryable=True,
             )
         )
 
@@ -397,6 +445,10 @@ class _Handshake:
         self._endpoint.handshake_over(self)
         if not self.done.done():
             self.done.set_exception(error)
+
+
+def _closing() -> KVError:
+    return HandshakeError("this endpoint is closing", fault=Fault.LOCAL)
 
 
 def _is_loopback(host: str) -> bool:

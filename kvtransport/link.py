@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,12 @@ from .errors import (
     ProtocolError,
     RemoteError,
 )
+from .flow.backoff import Backoff
 from .flow.keepalive import Keepalive, Verdict
 from .flow.turns import Turns
 from .manifest import Manifest
 from .receiver import Receiver
+from .reconnect import Reconnect
 from .sender import Sender
 from .wire import bodies
 from .wire.frames import Flag, FrameType, Header, decode_control, encode_control
@@ -36,6 +38,11 @@ from .wire.state import ConnectionMachine, ConnectionState
 if TYPE_CHECKING:
     from .endpoint import Endpoint
 
+_FAREWELL = encode_control(
+    FrameType.ERROR, bodies.Error.of(PeerLostError("the link was closed by its peer", fault=Fault.NETWORK))
+)
+_WITHDRAWN = b""
+"""In the place of a last word: given up by the producer before it was opened here."""
 MAX_CALLS = 256
 """Calls of a peer that run at once; more are refused."""
 MAX_REPEATED = 256
@@ -92,6 +99,12 @@ class Link:
         config = endpoint.config
         self._keepalive = Keepalive(config.keepalive_s, config.dead_after_s)
         self._watch = self._loop.call_later(self._keepalive.poll_s, self._judge)
+        self._reconnect = Reconnect(self, config.reconnect_s, Backoff(), endpoint.random)
+        self._joined: set[int] = set()
+        """Places in which there has been a connection."""
+        self._leaving: list[asyncio.Future[None]] = []
+        self._rejoined: asyncio.Future[None] | None = None
+        """Somebody waits for a connection."""
 
     # -- public --------------------------------------------------------------------------------
 
@@ -142,15 +155,23 @@ class Link:
     async def call(
         self, verb: str, args: Mapping[str, Any] | None = None, *, timeout_s: float = 10.0
     ) -> dict[str, Any]:
-        """Call a verb of the peer. Raises the peer's error, DeadlineError, or the link's error."""
+        """Call a verb of the peer. Raises the peer's error, DeadlineError, or the link's error.
+
+        A link that is being dialled again is waited for; a call whose connection is lost fails.
+        """
         self._check()
         self._next_call += 1
         number = self._next_call
         future: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         frame = encode_control(FrameType.CALL, bodies.Call(verb=verb, args=dict(args or {})), offset=number)
-        self._calls[number] = (future, self.send(frame))
         try:
             async with asyncio.timeout(timeout_s):
+                while not self.connections:
+                    if self._rejoined is None:
+                        self._rejoined = self._loop.create_future()
+                    await asyncio.shield(self._rejoined)
+                    self._check()
+                self._calls[number] = (future, self.send(frame))
                 return await future
         except TimeoutError:
             raise DeadlineError(f"{self.peer} did not answer {verb!r} within {timeout_s:g} s") from None
@@ -174,19 +195,41 @@ class Link:
 
     async def close(self) -> None:
         """Close all connections; transfers and calls in progress fail. Idempotent."""
-        self._end(None)
-        if self._serving:
-            await asyncio.wait(self._serving)
+        self.end(None)
+        waited = {*self._serving, *filter(None, [self._reconnect.task])} - {asyncio.current_task()}
+        if waited or self._leaving:
+            await asyncio.wait({*waited, *self._leaving})
 
     # -- connections ---------------------------------------------------------------------------
 
     def join(self, connection: Connection, machine: ConnectionMachine) -> None:
         """A connection whose handshake is done becomes part of the link."""
         connection.owner = self
+        connection.established = True
         connection.last_heard = self._loop.time()
         self.connections.append(connection)
         self._machines[connection] = machine
+        self._reconnect.joined()
+        if connection.index in self._joined:
+            # On this very connection: what else there seems to be may be as dead as the one it replaces.
+            self._say_again(connection)
+        self._joined.add(connection.index)
+        self._wake()
         self._schedule()
+
+    def redial(self, dial: Callable[[int], Awaitable[None]]) -> None:
+        """This side dialled, and dials again what is lost: ``dial(index)`` makes the connection in that place."""
+        self._reconnect.dial_with(dial)
+
+    @property
+    def down(self) -> bool:
+        """Whether no connection is left of it, and it waits for one."""
+        return not self.connections and not self.closed
+
+    def make_room(self, index: int) -> None:
+        """The peer dials the place ``index`` again: it knows that the connection there is dead, this side does not yet."""
+        for connection in [c for c in self.connections if c.index == index]:
+            connection.fail(PeerLostError(f"{self.peer} replaced this connection by a new one"), abort=True)
 
     def lost(self, connection: Connection, error: KVError) -> None:
         if connection in self.connections:
@@ -196,19 +239,33 @@ class Link:
         self._received_before += connection.received_bytes
         for receiver in list(self._incoming.values()):
             receiver.on_connection_lost(connection)
-        if not self.connections:
-            self._end(error)
-            return
-        # Control frames may have been on it: whatever is still true is said again, all of it is idempotent.
         for sender in list(self._outgoing.values()):
             sender.on_connection_lost(connection)
-        for frame in list(self._finished.values())[-MAX_REPEATED:]:
-            if frame is not None:
-                self.send(frame)
-        # A call is not: whoever made it decides whether to make it again.
+        # A call is not idempotent: whoever made it decides whether to make it again.
         for future, on in self._calls.values():
             if on is connection and not future.done():
                 future.set_exception(error)
+        if self.closed:
+            return
+        if not self._reconnect.lost(connection.index, error):
+            self.end(error)
+        elif self.connections:
+            self._say_again()
+
+    def _say_again(self, via: Connection | None = None) -> None:
+        """Control frames may have been lost with a connection: what is still true is said again, all of it idempotent."""
+        for receiver in list(self._incoming.values()):
+            receiver.say_again(via)
+        for sender in list(self._outgoing.values()):
+            sender.say_again(via)
+        for frame in list(self._finished.values())[-MAX_REPEATED:]:
+            if frame:
+                self.send(frame, via)
+
+    def _wake(self) -> None:
+        if self._rejoined is not None:
+            self._rejoined.set_result(None)
+            self._rejoined = None
 
     def _judge(self) -> None:
         now = self._loop.time()
@@ -230,11 +287,11 @@ class Link:
 
     # -- sending -------------------------------------------------------------------------------
 
-    def send(self, frame: bytes) -> Connection | None:
-        """Queue a control frame on the connection that is least busy; returns it, None when there is none."""
+    def send(self, frame: bytes, via: Connection | None = None) -> Connection | None:
+        """Queue a control frame on ``via``, or on the connection that is least busy; returns it, None when there is none."""
         if not self.connections:
             return None
-        connection = min(self.connections, key=lambda c: (c.blocked, c.sending is not None))
+        connection = via or min(self.connections, key=lambda c: (c.blocked, c.sending is not None))
         connection.send_control(frame)
         self._schedule()
         return connection
@@ -300,20 +357,31 @@ class Link:
         elif kind is FrameType.REPLY:
             self._on_reply(header, payload)
         elif kind is FrameType.OPEN:
+            if self._finished.get(header.transfer) == _WITHDRAWN:
+                return
             body = decode_control(header, payload, verified=True)
             assert isinstance(body, bodies.Open)
             self._endpoint.on_open(self, header, body)
         elif kind is FrameType.ERROR and not any(header.transfer):
             body = decode_control(header, payload, verified=True)
             assert isinstance(body, bodies.Error)
-            connection.fail(body.to_error(prefix=f"{self.peer} says: "))
+            error = body.to_error(prefix=f"{self.peer} says: ")
+            if isinstance(error, PeerLostError):
+                self.end(error)  # a farewell: it will not come back
+            else:
+                connection.fail(error)
         elif (sender := self._outgoing.get(header.transfer)) is not None:
             sender.on_frame(header, payload)
         elif (receiver := self._incoming.get(header.transfer)) is not None:
             receiver.on_frame(header, payload)
-        elif kind is FrameType.SEAL and (last := self._finished.get(header.transfer)) is not None:
+        elif kind is FrameType.SEAL and (last := self._finished.get(header.transfer)):
             self.send(last)
-        elif header.transfer not in self._finished and not self._endpoint.withdraw(self, header):
+        elif header.transfer in self._finished or self._endpoint.withdraw(self, header):
+            return
+        elif kind in (FrameType.CANCEL, FrameType.ERROR):
+            # It may overtake its OPEN, which means nothing then, or follow one that waited here until its deadline.
+            self.finish(header.transfer, _WITHDRAWN)
+        else:
             raise ProtocolError(f"{kind.name} for transfer {header.transfer.hex()}, which was never opened")
 
     # -- transfers -----------------------------------------------------------------------------
@@ -397,16 +465,22 @@ class Link:
         if self.closed:
             raise self.error or PeerLostError("this link was closed by this side", fault=Fault.LOCAL)
 
-    def _end(self, error: KVError | None) -> None:
+    def end(self, error: KVError | None) -> None:
+        """End with ``error``; None: this side wants it, and tells the peer not to wait for it. Idempotent."""
         if self.closed:
             return
         self.error = error
         self._closed.set_result(None)
         self._watch.cancel()
+        self._reconnect.close()
+        self._wake()
         why = error or PeerLostError("this link was closed by this side", fault=Fault.LOCAL)
         for connection in list(self.connections):
-            connection.flush()
-            connection.fail(why)
+            if error is not None:
+                connection.flush()
+                connection.fail(why)
+            elif (left := connection.leave(_FAREWELL, why)) is not None:
+                self._leaving.append(left)
         for sender in list(self._outgoing.values()):
             sender.on_link_lost(why)
         for receiver in list(self._incoming.values()):

@@ -99,6 +99,8 @@ class Receiver:
         self._left: dict[int, int] = {}
         self._left_total = 0
         self._resent: dict[tuple[int, int, int], int] = {}
+        self._asked: dict[tuple[int, int, int], int] = {}
+        """Corrupt chunks that were asked for again: where they start, and their end."""
         self._acks: list[tuple[int, int, int, int]] = []
         self._seal: bodies.Seal | None = None
         self._completed: list[int] = []
@@ -334,9 +336,14 @@ class Receiver:
             )
             return
         self._resent[key] = times + 1
-        self._machine.fire(TransferEvent.SEND_RESUME)
-        ranges = bodies.byte_ranges([(header.layer, header.tensor, header.offset, header.offset + header.length)])
-        self._send(FrameType.RESUME, bodies.Resume(ranges=ranges))
+        self._asked[key] = stop = header.offset + header.length
+        self._ask([(header.layer, header.tensor, header.offset, stop)])
+
+    def _ask(self, ranges: list[tuple[int, int, int, int]], via: Connection | None = None) -> None:
+        for at in range(0, len(ranges), bodies.MAX_RANGES):
+            self._machine.fire(TransferEvent.SEND_RESUME)
+            some = bodies.byte_ranges(ranges[at : at + bodies.MAX_RANGES])
+            self._send(FrameType.RESUME, bodies.Resume(ranges=some), via)
 
     def _ack(self, layer: int, tensor: int, start: int, stop: int) -> None:
         if not self._acks:
@@ -346,11 +353,14 @@ class Receiver:
 
     def _flush_acks(self) -> None:
         acks, self._acks = self._acks, []
-        if not acks or not self._machine.allows(TransferEvent.SEND_ACK):
-            return
-        self._machine.fire(TransferEvent.SEND_ACK)
-        for at in range(0, len(acks), bodies.MAX_RANGES):
-            self._send(FrameType.ACK, bodies.Ack(ranges=bodies.byte_ranges(acks[at : at + bodies.MAX_RANGES])))
+        if acks and self._machine.allows(TransferEvent.SEND_ACK):
+            self._acknowledge(acks)
+
+    def _acknowledge(self, ranges: list[tuple[int, int, int, int]], via: Connection | None = None) -> None:
+        for at in range(0, len(ranges), bodies.MAX_RANGES):
+            self._machine.fire(TransferEvent.SEND_ACK)
+            some = bodies.byte_ranges(ranges[at : at + bodies.MAX_RANGES])
+            self._send(FrameType.ACK, bodies.Ack(ranges=some), via)
 
     def _layer_complete(self, layer: int) -> None:
         self._stats.layers[layer].applied_s = self._loop.time()
@@ -402,14 +412,26 @@ class Receiver:
         self._cleanup(None)
 
     def on_connection_lost(self, connection: Connection) -> None:
-        """Its claim is void; what is granted and applied is said again, since frames saying so may be lost."""
+        """Its claim is void."""
         self._claims.pop(connection, None)
+
+    def say_again(self, via: Connection | None) -> None:
+        """What is applied, granted and asked for is said again: frames saying so may be lost with a connection.
+
+        In this order and on one connection (``via``, where given): a producer that resumes waits for ACCEPT, and
+        knows then what need not travel.
+        """
         if self._manifest is None or not self._machine.allows(TransferEvent.SEND_ACCEPT):
             return
-        self._send_accept()
-        for slot, ranges in self._ranges.items():
-            for start, stop in ranges:
-                self._ack(*slot, start, stop)
+        self._acknowledge([(*slot, *applied) for slot, ranges in self._ranges.items() for applied in ranges], via)
+        self._send_accept(via)
+        asked = [
+            (layer, tensor, start, stop)
+            for (layer, tensor, start), stop in self._asked.items()
+            if not self._ranges[layer, tensor].contains(start, stop)
+        ]
+        if asked:
+            self._ask(asked, via)
 
     def on_link_lost(self, error: KVError) -> None:
         self._end(error)
@@ -455,17 +477,17 @@ class Receiver:
         if self._wanted.on_end is not None:
             self._wanted.on_end(error)
 
-    def _send_accept(self) -> None:
+    def _send_accept(self, via: Connection | None) -> None:
         self._machine.fire(TransferEvent.SEND_ACCEPT)
-        self._send(FrameType.ACCEPT, bodies.Accept(credit=self._credit.granted, chunk_bytes=self._chunk_bytes))
+        self._send(FrameType.ACCEPT, bodies.Accept(credit=self._credit.granted, chunk_bytes=self._chunk_bytes), via)
 
-    def _send(self, kind: FrameType, body: bodies.Body) -> None:
-        self._link_send(encode_control(kind, body, transfer=self.transfer))
+    def _send(self, kind: FrameType, body: bodies.Body, via: Connection | None = None) -> None:
+        self._link_send(encode_control(kind, body, transfer=self.transfer), via)
 
-    def _link_send(self, frame: bytes) -> None:
+    def _link_send(self, frame: bytes, via: Connection | None = None) -> None:
         self._last = frame
         if self._link is not None:
-            self._link.send(frame)
+            self._link.send(frame, via)
 
 
 def _observed(future: asyncio.Future[None] | asyncio.Future[Manifest]) -> None:

@@ -170,6 +170,8 @@ class Sender:
         self._poller: asyncio.TimerHandle | None = None
         self._inflight_bytes = 0
         self._sealing = False
+        self._resuming = False
+        """Every connection was lost: nothing travels before the consumer has said again what it has."""
         self._last: bytes | None = None
         self._copies: set[asyncio.Task[None]] = set()
         self._send_open()
@@ -278,6 +280,8 @@ class Sender:
 
     def next_data(self, connection: Connection) -> OutFrame | None:
         """The next chunk as a frame for ``connection``."""
+        if self._resuming:
+            return None
         chunk = self._retry() or self._cut()
         if chunk is None:
             return None
@@ -344,6 +348,7 @@ class Sender:
                 else:
                     self._on_ack(ranges)
             case bodies.Accept():
+                self._resuming = False
                 self._chunk_bytes = min(self._chunk_bytes, body.chunk_bytes)
                 self._credit.grant(body.credit)
                 if not self._accepted.done():
@@ -363,15 +368,21 @@ class Sender:
                 raise ProtocolError(f"{header.type.name} is not for the producer of a transfer")
 
     def on_connection_lost(self, connection: Connection) -> None:
-        """Chunks that were on it go again, over what is left; so do OPEN and SEAL, which may have been on it."""
+        """Chunks that were on it go again, over what is left or comes back."""
+        if not self._link.connections and self._accepted.done():
+            self._resuming = True
         for slot in self._slots.values():
             for chunk in slot.inflight.values():
                 if chunk.on is connection:
                     self._again(chunk)
+        self._link.has_work(self)
+
+    def say_again(self, via: Connection | None) -> None:
+        """OPEN and SEAL may have been lost with a connection."""
         if not self._accepted.done():
-            self._send_open()
+            self._send_open(via)
         elif self._sealing:
-            self._send_seal()
+            self._send_seal(via)
         self._link.has_work(self)
 
     def on_link_lost(self, error: KVError) -> None:
@@ -430,7 +441,8 @@ class Sender:
     # -- spilling ------------------------------------------------------------------------------
 
     def _schedule_poll(self) -> None:
-        self._poller = self._loop.call_later(POLL_S, self._poll)
+        if not self._finished.done():  # spilling may have failed the transfer
+            self._poller = self._loop.call_later(POLL_S, self._poll)
 
     def _poll(self) -> None:
         self._poller = None
@@ -573,7 +585,7 @@ class Sender:
         if self._copies:
             await asyncio.wait(self._copies)
 
-    def _send_open(self) -> None:
+    def _send_open(self, via: Connection | None = None) -> None:
         self._machine.fire(TransferEvent.SEND_OPEN)
         body = bodies.Open.of(
             self._manifest.encode(),
@@ -582,18 +594,18 @@ class Sender:
             priority=self.priority,
             checksum="xxh3" if self._checksum else "none",
         )
-        self._send(FrameType.OPEN, body)
+        self._send(FrameType.OPEN, body, via)
 
-    def _send_seal(self) -> None:
+    def _send_seal(self, via: Connection | None = None) -> None:
         self._machine.fire(TransferEvent.SEND_SEAL)
         body = bodies.Seal(
             total_bytes=self._manifest.total_bytes, digest=self._manifest.digest, chunks=self._stats.chunks
         )
-        self._send(FrameType.SEAL, body)
+        self._send(FrameType.SEAL, body, via)
 
-    def _send(self, kind: FrameType, body: bodies.Body) -> None:
+    def _send(self, kind: FrameType, body: bodies.Body, via: Connection | None = None) -> None:
         self._last = encode_control(kind, body, transfer=self.transfer)
-        self._link.send(self._last)
+        self._link.send(self._last, via)
 
 
 def _observed(future: asyncio.Future[None]) -> None:

@@ -5,6 +5,7 @@ Only modules of this package touch sockets.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -39,9 +40,10 @@ class ByteStream(Protocol):
     def close(self) -> None:
         """Close; bytes already taken are still delivered. No callback follows. Idempotent."""
 
-    def finish(self) -> None:
+    def finish(self) -> asyncio.Future[None]:
         """Close after telling why: what was taken is delivered even if the peer keeps sending, whose bytes are thrown
         away for at most a second. (Closing with unread bytes resets a TCP connection and loses the last word.)
+        Done, as the future says, when the peer has closed too or that second is over.
         """
 
     def abort(self) -> None:
@@ -68,7 +70,10 @@ class Network(Protocol):
     """Makes streams. ``options`` of a stream (buffers, congestion control) belong to the implementation."""
 
     def connect(self, host: str, port: int) -> Awaitable[ByteStream]:
-        """Connect; raises ConnectError naming address and reason. Cancelling leaves no socket behind."""
+        """Connect; raises ConnectError naming address and reason. Cancelling leaves no socket behind.
+
+        The error's cause is a ConnectionRefusedError when the host answers that nobody listens there.
+        """
 
     def listen(self, host: str, port: int, accept: Callable[[ByteStream], None]) -> Awaitable[Listener]:
         """Bind and call ``accept`` per incoming stream; raises ConfigError when the port is taken."""

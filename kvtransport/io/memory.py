@@ -116,9 +116,11 @@ class MemoryStream:
         if self.other is not None:
             self.other._arm()
 
-    def finish(self) -> None:
+    def finish(self) -> asyncio.Future[None]:
+        gone: asyncio.Future[None] = self._loop.create_future()
+        gone.set_result(None)
         if self._closed:
-            return
+            return gone
         self._in.tap = lambda data: None
         self._in.pieces.clear()
         self._in.size = 0
@@ -127,6 +129,7 @@ class MemoryStream:
         self._out.ended = True
         if self.other is not None:
             self.other._arm()
+        return gone
 
     def abort(self) -> None:
         if not self._closed:
@@ -220,7 +223,9 @@ class MemoryNetwork:
     async def connect(self, host: str, port: int) -> MemoryStream:
         accept = self.listeners.get((host, port))
         if accept is None:
-            raise ConnectError(f"cannot connect to {host}:{port}: nobody listens in this memory network")
+            raise ConnectError(
+                f"cannot connect to {host}:{port}: nobody listens in this memory network"
+            ) from ConnectionRefusedError()
         self._next_port += 1
         mine, theirs = stream_pair(asyncio.get_running_loop(), f"{host}:{self._next_port}", f"{host}:{port}")
         self.streams.append((mine, theirs))

@@ -54,6 +54,8 @@ class TcpStream:
         self._step = options.step_bytes
         self._reading = False
         self._writing = False
+        self._gone: asyncio.Future[None] = loop.create_future()
+        self._last_word: asyncio.TimerHandle | None = None
         self.peer = _address(sock.getpeername())
         self.local = _address(sock.getsockname())
 
@@ -88,18 +90,22 @@ class TcpStream:
         self.on_writable(None)
         self._fd = -1
         self._sock.close()
+        if self._last_word is not None:
+            self._last_word.cancel()
+        if not self._gone.done():
+            self._gone.set_result(None)
 
-    def finish(self) -> None:
-        if self._fd < 0:
-            return
-        self.on_writable(None)
-        try:
-            self._sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.close()
-            return
-        self.on_readable(self._discard)
-        self._loop.call_later(LAST_WORD_S, self.close)
+    def finish(self) -> asyncio.Future[None]:
+        if self._fd >= 0 and self._last_word is None:
+            self.on_writable(None)
+            try:
+                self._sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                self.close()
+            else:
+                self.on_readable(self._discard)
+                self._last_word = self._loop.call_later(LAST_WORD_S, self.close)
+        return self._gone
 
     def _discard(self) -> None:
         try:
@@ -223,9 +229,9 @@ class TcpNetwork:
                 f"no answer from {host}:{port} within {self.options.connect_timeout_s:g} s; is the address right and the port open in the firewall?"
             ) from None
         except OSError as error:
-            raise ConnectError(
-                f"cannot connect to {host}:{port}: {error.strerror or error}; is the peer running?"
-            ) from error
+            # The event loops have words of their own for a refusal; a failed look-up has a negative number.
+            why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
+            raise ConnectError(f"cannot connect to {host}:{port}: {why}; is the peer running?") from error
 
     async def listen(self, host: str, port: int, accept: Callable[[TcpStream], None]) -> TcpListener:
         loop = asyncio.get_running_loop()

@@ -105,19 +105,23 @@ async def test_a_unit_is_not_released_by_acknowledging_half_of_it_twice(ends, hy
     await sender.cancel()
 
 
-async def test_a_transfer_expected_over_a_link_ends_with_it(ends, hybrid, make_manifest):
-    network, consumer, _ = ends
-    manifest = make_manifest(100)
-    receiver = consumer.expect(
-        manifest.transfer, Expectation(grant=lambda m: {}, layout=hybrid, deadline_s=60), link=consumer.links[0]
-    )
-    theirs = consumer.links[0]
-    lose(network, consumer, 0)
-    lose(network, consumer, 1)
-    with pytest.raises(PeerLostError):
-        await asyncio.wait_for(receiver.sealed(), 5)
-    with pytest.raises(PeerLostError):
-        consumer.expect(make_manifest(10).transfer, Expectation(grant=lambda m: {}), link=theirs)
+async def test_a_transfer_expected_over_a_link_ends_with_it(hybrid, make_manifest):
+    network = MemoryNetwork()
+    config = EndpointConfig(reconnect_s=0)
+    async with Endpoint(config, network=network) as producer, Endpoint(config, network=network) as consumer:
+        await producer.connect(*await consumer.listen(), connections=2)
+        while len(consumer.links[0].connections) < 2:
+            await asyncio.sleep(0)
+        theirs = consumer.links[0]
+        receiver = consumer.expect(
+            make_manifest(100).transfer, Expectation(grant=lambda m: {}, layout=hybrid, deadline_s=60), link=theirs
+        )
+        lose(network, consumer, 0)
+        lose(network, consumer, 1)
+        with pytest.raises(PeerLostError):
+            await asyncio.wait_for(receiver.sealed(), 5)
+        with pytest.raises(PeerLostError):
+            consumer.expect(make_manifest(10).transfer, Expectation(grant=lambda m: {}), link=theirs)
 
 
 async def test_no_memory_to_spill_into_costs_the_spilling_and_nothing_else(monkeypatch, hybrid, make_manifest):

@@ -313,7 +313,8 @@ async def test_losing_a_connection_sends_only_its_chunks_again(hybrid, make_mani
 
 
 async def test_a_dead_peer_is_an_error_with_its_fault(pair, hybrid, make_manifest):
-    await pair.start()
+    for_good = EndpointConfig(chunk_bytes=64 << 10, reconnect_s=0)
+    await pair.start(producer=for_good, consumer=for_good)
     manifest = make_manifest(8000)
     source, target = Cache(manifest, seed=1), Cache(manifest, blank=True)
     receiver = expect(pair, manifest, target, hybrid)

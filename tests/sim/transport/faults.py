@@ -127,9 +127,9 @@ def _restate(world: World) -> None:
     for job in _flowing(world):
         assert job.receiver is not None
         assert job.sender is not None
-        job.receiver.on_connection_lost(_NOBODY)  # type: ignore[arg-type]
+        job.receiver.say_again(None)
         if job.sender.error is None and not job.sender._machine.terminal:
-            job.sender.on_connection_lost(_NOBODY)  # type: ignore[arg-type]
+            job.sender.say_again(None)
 
 
 async def _unreachable(world: World) -> None:
@@ -163,12 +163,6 @@ async def _restart(world: World) -> None:
     else:
         world.dialler = new
 
-
-class _Nobody:
-    sending = None
-
-
-_NOBODY = _Nobody()
 
 _ACTIONS = {
     "cut one": _cut_one,

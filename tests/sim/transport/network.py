@@ -139,8 +139,11 @@ class SimStream:
     def close(self) -> None:
         self._close(reset=False)
 
-    def finish(self) -> None:
+    def finish(self) -> asyncio.Future[None]:
         self._close(reset=False)
+        gone: asyncio.Future[None] = self.network.loop.create_future()
+        gone.set_result(None)
+        return gone
 
     def abort(self) -> None:
         self._close(reset=True)
@@ -336,7 +339,7 @@ class View:
             await asyncio.sleep(network.path.connect_fails_s)
             raise ConnectError(f"no answer from {host}:{port}")
         if found is None:
-            raise ConnectError(f"cannot connect to {host}:{port}: nobody listens")
+            raise ConnectError(f"cannot connect to {host}:{port}: nobody listens") from ConnectionRefusedError()
         process, accept = found
         self._count += 1
         one, two = Half(), Half()

@@ -1,6 +1,6 @@
-"""Builds kvtransport._native from native/ against the stable ABI; everything else stands in pyproject.toml.
+"""Builds kvtransport._native and kvpool._native from native/ against the stable ABI; everything else stands in pyproject.toml.
 
-The extension is optional: without a C compiler the pure-Python twin serves, slower. With
+The extensions are optional: without a C compiler their pure-Python twins serve, slower. With
 KVTRANSPORT_REQUIRE_NATIVE=1 a failed build is an error, here as well as when kvtransport is imported.
 """
 
@@ -25,4 +25,14 @@ native = Extension(
     optional=os.environ.get("KVTRANSPORT_REQUIRE_NATIVE") != "1",
 )
 
-setup(ext_modules=[native], options={"bdist_wheel": {"py_limited_api": "cp311"}})
+table = Extension(
+    "kvpool._native",
+    sources=["native/keytable.c", "native/keytable_py.c"],
+    depends=["native/keytable.h", "native/third_party/xxhash.h"],
+    define_macros=[("Py_LIMITED_API", "0x030b0000")],
+    extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden"],
+    py_limited_api=True,
+    optional=native.optional,
+)
+
+setup(ext_modules=[native, table], options={"bdist_wheel": {"py_limited_api": "cp311"}})

@@ -1,0 +1,195 @@
+"""The index's hash table and its pure-Python twin: one suite over both, and both against a dict."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpool import _native, _pure_table
+
+BOTH = [_native.KeyTable, _pure_table.KeyTable]
+
+
+@pytest.fixture(params=BOTH, ids=["native", "pure"])
+def new(request):
+    return request.param
+
+
+def key(i: int) -> bytes:
+    return hashlib.sha256(b"%d" % i).digest()
+
+
+def add(table, keys, width=0):
+    out = np.full(len(keys) if not width else len(keys) // width, -7, np.int32)
+    table.add(keys, width, out)
+    return out.tolist()
+
+
+def find(table, keys, width=0):
+    out = np.full(len(keys) if not width else len(keys) // width, -7, np.int32)
+    return out[: table.find(keys, width, out)].tolist()
+
+
+def test_numbers_and_back(new):
+    table = new(1)
+    keys = [key(i) for i in range(1000)]
+    assert add(table, keys) == list(range(1000))
+    assert find(table, keys) == list(range(1000))
+    assert [table.key(i) for i in range(1000)] == keys
+    assert (len(table), table.high, table.get(keys[5]), table.get(b"other")) == (1000, 1000, 5, -1)
+
+
+def test_find_stops_at_the_first_unknown(new):
+    table = new(1)
+    add(table, [key(i) for i in range(100)])
+    asked = [key(i) for i in (3, 2, 1, 777, 4)]
+    assert find(table, asked) == [3, 2, 1]
+    assert find(table, []) == []
+    assert find(table, [key(777)]) == []
+    assert find(table, [key(i) for i in range(99, -1, -1)] + [b"x"]) == list(range(99, -1, -1))
+
+
+@pytest.mark.parametrize("width", [1, 8, 31, 32, 33, 64])
+def test_packed_keys_are_the_same_as_listed_ones(new, width):
+    table = new(1)
+    keys = [hashlib.shake_128(b"%d" % i).digest(width) for i in range(3 if width == 1 else 200)]
+    assert add(table, b"".join(keys), width) == list(range(len(keys)))
+    assert find(table, keys) == find(table, np.frombuffer(b"".join(keys), np.uint8), width) == list(range(len(keys)))
+    assert [table.key(i) for i in range(len(keys))] == keys
+
+
+def test_keys_that_differ_in_length_only(new):
+    table = new(1)
+    keys = [b"\0" * n for n in range(1, 65)]
+    add(table, keys)
+    assert find(table, keys) == list(range(64))
+    for i in range(0, 64, 2):
+        table.remove(i)
+    assert [table.get(k) for k in keys] == [i if i % 2 else -1 for i in range(64)]
+
+
+def test_a_removed_number_is_given_out_again(new):
+    table = new(1)
+    add(table, [key(i) for i in range(10)])
+    for number in (9, 8, 4):
+        table.remove(number)
+    assert (len(table), table.get(key(4))) == (7, -1)
+    assert add(table, [key(20), key(21), key(22), key(23)]) == [4, 8, 9, 10]
+    assert table.key(4) == key(20)
+
+
+def test_adding_is_all_or_nothing(new):
+    table = new(1)
+    add(table, [key(0)])
+    with pytest.raises(ValueError, match="key 2 is in the table already"):
+        add(table, [key(1), key(2), key(0), key(3)])
+    with pytest.raises(ValueError, match="key 1 is in the table already"):
+        add(table, [key(1), key(1)])
+    with pytest.raises(ValueError, match="1 to 64 bytes, got 65"):
+        add(table, [key(1), b"x" * 65])
+    with pytest.raises(TypeError):
+        add(table, [key(1), "text"])
+    assert (len(table), table.get(key(1)), table.get(key(0))) == (1, -1, 0)
+    assert add(table, [key(1), key(2)]) == [1, 2]
+
+
+def test_bad_arguments(new):
+    table = new(1)
+    add(table, [key(0)])
+    small, read_only = np.empty(1, np.int32), np.empty(4, np.int32)
+    read_only.flags.writeable = False
+    for keys, width, out, error in [
+        ((key(0),), 0, small, TypeError),
+        ([key(0), key(1)], 0, small, ValueError),
+        ([key(0)], 0, read_only, (BufferError, ValueError)),
+        (b"x" * 33, 32, small, ValueError),
+        (b"x" * 65, 65, small, ValueError),
+        (b"x", -1, small, ValueError),
+        ([b""], 0, small, ValueError),
+    ]:
+        with pytest.raises(error):
+            table.find(keys, width, out)
+        with pytest.raises(error):
+            table.add(keys, width, out)
+    for number in (-1, 1, 1 << 31):
+        with pytest.raises((ValueError, OverflowError)):
+            table.remove(number)
+        with pytest.raises((ValueError, OverflowError)):
+            table.key(number)
+    for bad in (b"", b"x" * 65):
+        with pytest.raises(ValueError):
+            table.get(bad)
+    with pytest.raises(TypeError):
+        new()
+    assert len(table) == 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, (1 << 64) - 1])
+def test_growing_and_shrinking_through_every_size(seed):
+    """Enough to grow nine times, with removals at every moment of it: a slot lost in a move would be a key lost."""
+    table, rng, known = _native.KeyTable(seed), random.Random(seed), {}
+    for i in range(24_000):
+        number = add(table, [key(i)])[0]
+        assert number not in known
+        known[number] = key(i)
+        if rng.random() < 0.3:
+            gone = rng.choice(list(known)) if len(known) < 50 else number
+            assert table.key(gone) == known.pop(gone)
+            table.remove(gone)
+        if i % 1500 == 0:
+            order = list(known)
+            rng.shuffle(order)
+            assert find(table, [known[n] for n in order]) == order
+    assert len(table) == len(known)
+    for number in list(known):
+        table.remove(number)
+        del known[number]
+        if len(known) % 4000 == 0:
+            assert find(table, list(known.values())) == list(known)
+    assert len(table) == 0
+    assert find(table, [key(i) for i in range(10)]) == []
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "remove", "find"]), st.lists(st.integers(0, 60), min_size=1, max_size=12)),
+        max_size=60,
+    ),
+    st.sampled_from([8, 32, 48]),
+)
+@settings(max_examples=80, deadline=None)
+def test_both_behave_alike(steps, width):
+    native, pure = (impl(3) for impl in BOTH)
+    for what, ids in steps:
+        keys = [key(i)[:width] if width <= 32 else key(i) + key(i)[:16] for i in ids]
+        results = []
+        for table in (native, pure):
+            try:
+                if what == "add":
+                    results.append(add(table, keys))
+                elif what == "find":
+                    results.append(find(table, keys))
+                else:
+                    number = table.get(keys[0])
+                    results.append(table.remove(number) if number >= 0 else None)
+            except ValueError as error:
+                results.append(str(error))
+        assert results[0] == results[1]
+        assert (len(native), native.high) == (len(pure), pure.high)
+
+
+def test_memory_a_key():
+    """33 bytes of the key, and 8 of each slot, of which at least three in eight are used once the table has grown."""
+    table = _native.KeyTable(1)
+    add(table, [key(i) for i in range(150_000)])
+    assert table.nbytes / 150_000 < 33 + 8 * 8 / 3 + 1
+    for number in range(150_000):
+        table.remove(number)
+    before = table.nbytes
+    add(table, [key(i) for i in range(150_000)])
+    assert table.nbytes == before

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,43 @@ class Slab:
     nbytes: int
     generation: int
     kind: BlockClass
+
+    @property
+    def page_count(self) -> int:
+        return len(self.pages)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slabs:
+    """Allocations of ``nbytes`` bytes each: row i of ``pages`` (int32, of shape (n, pages each)) has ``generation[i]`` (int64).
+
+    What an index of millions of blocks keeps and hands around instead of as many :class:`Slab`.
+    """
+
+    pages: Pages
+    nbytes: int
+    generation: NDArray[np.int64]
+    kind: BlockClass
+
+    @classmethod
+    def of(cls, slabs: Sequence[Slab]) -> Slabs:
+        """One or more slabs of one size and kind."""
+        generations = np.array([s.generation for s in slabs], dtype=np.int64)
+        return cls(np.stack([s.pages for s in slabs]), slabs[0].nbytes, generations, slabs[0].kind)
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    def __getitem__(self, index: int) -> Slab:
+        return Slab(self.pages[index], self.nbytes, int(self.generation[index]), self.kind)
+
+    @property
+    def page_count(self) -> int:
+        return int(self.pages.size)
+
+    def take(self, rows: NDArray[Any] | slice) -> Slabs:
+        """Some of them: a slice, row numbers, or a mask."""
+        return Slabs(self.pages[rows], self.nbytes, self.generation[rows], self.kind)
 
 
 class PageArena:
@@ -113,7 +151,23 @@ class PageArena:
         counts = [-(-n // self.page_bytes) for n in sizes]
         if any(n < 0 for n in sizes):
             raise SlabError(f"a slab cannot have {min(sizes)} bytes")
-        total = sum(counts)
+        pages = self._take(sum(counts), kind)
+        slabs, at = [], 0
+        for nbytes, count in zip(sizes, counts, strict=True):
+            slabs.append(Slab(pages[at : at + count], nbytes, self._generation, kind))
+            at += count
+        return slabs
+
+    def allocate_rows(self, count: int, nbytes: int, kind: BlockClass) -> Slabs:
+        """``count`` slabs of ``nbytes`` bytes, all or none; raises as :meth:`allocate_many`."""
+        if count < 0 or nbytes < 0:
+            raise SlabError(f"there are no {count} slabs of {nbytes} bytes")
+        pages = self._take(count * self.pages_for(nbytes), kind)
+        owners = np.full(count, self._generation, dtype=np.int64)
+        return Slabs(pages.reshape(count, self.pages_for(nbytes)), nbytes, owners, kind)
+
+    def _take(self, total: int, kind: BlockClass) -> Pages:
+        """``total`` free pages in ascending order, under a new generation."""
         if total > self._top:
             raise PoolFullError(
                 f"asked for {total} pages of {self.page_bytes} bytes, {self._top} of {self.total_pages} are free"
@@ -122,31 +176,25 @@ class PageArena:
         pages = self._free[self._top : self._top + total].copy()
         pages.sort()
         self._generation += 1
-        generation = self._generation
-        self.page_generation[pages] = generation
+        self.page_generation[pages] = self._generation
         self._pages_of_class[kind] += total
-        slabs, at = [], 0
-        for nbytes, count in zip(sizes, counts, strict=True):
-            slabs.append(Slab(pages[at : at + count], nbytes, generation, kind))
-            at += count
-        return slabs
+        return pages
 
     def is_live(self, slab: Slab) -> bool:
         """Whether the slab still owns all its pages."""
         return bool((self.page_generation[slab.pages] == slab.generation).all())
 
-    def free(self, slab: Slab) -> None:
+    def free(self, slab: Slab | Slabs) -> None:
         """Give a slab back; raises SlabError, changing nothing, when it was freed already."""
         self.free_many([slab])
 
-    def free_many(self, slabs: Sequence[Slab]) -> None:
+    def free_many(self, slabs: Sequence[Slab | Slabs]) -> None:
         """Give slabs back in one go; raises SlabError, changing nothing, when any of them was freed already."""
-        if not slabs:
+        if not any(s.page_count for s in slabs):
             return
-        pages = slabs[0].pages if len(slabs) == 1 else np.concatenate([s.pages for s in slabs])
-        owners = np.repeat(
-            np.fromiter((s.generation for s in slabs), np.int64, len(slabs)),
-            np.fromiter((len(s.pages) for s in slabs), np.int64, len(slabs)),
+        pages = np.concatenate([s.pages.reshape(-1) for s in slabs])
+        owners = np.concatenate(
+            [np.repeat(s.generation, s.page_count // np.size(s.generation)) for s in slabs if s.page_count]
         )
         # Descending, so that the next allocation finds neighbours in ascending order.
         order = np.sort(pages)[::-1]
@@ -156,7 +204,7 @@ class PageArena:
         self._free[self._top : self._top + len(pages)] = order
         self._top += len(pages)
         for slab in slabs:
-            self._pages_of_class[slab.kind] -= len(slab.pages)
+            self._pages_of_class[slab.kind] -= slab.page_count
 
     # -- reading and writing -----------------------------------------------------------------------
 
@@ -169,7 +217,7 @@ class PageArena:
             raise SlabError("a slab was used after it was freed")
         return self.page_list([self.pieces(slab.pages[None, :], start, stop - start)])
 
-    def pages_of_blocks(self, slabs: Sequence[Slab] | Pages, offset: int, nbytes_each: int) -> PageList:
+    def pages_of_blocks(self, slabs: Sequence[Slab] | Slabs | Pages, offset: int, nbytes_each: int) -> PageList:
         """Bytes ``[offset, offset + nbytes_each)`` of every slab, one after another.
 
         All slabs have the same number of pages; :meth:`stack` once, and pass the result, to take many ranges.
@@ -178,8 +226,10 @@ class PageArena:
         return self.page_list([self.pieces(matrix, offset, nbytes_each)])
 
     @staticmethod
-    def stack(slabs: Sequence[Slab]) -> Pages:
+    def stack(slabs: Sequence[Slab] | Slabs) -> Pages:
         """Page numbers of equally long slabs: int32 of shape (slabs, pages)."""
+        if isinstance(slabs, Slabs):
+            return slabs.pages
         if not slabs:
             return np.empty((0, 0), dtype=np.int32)
         return np.concatenate([s.pages for s in slabs]).reshape(len(slabs), -1)

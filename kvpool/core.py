@@ -14,7 +14,7 @@ from typing import Any
 from kvtransport.errors import KVError
 from kvtransport.layout import CacheLayout, Extent
 
-from .arena import BlockClass, PageArena, Slab
+from .arena import BlockClass, PageArena, Slab, Slabs
 from .deadlines import Deadlines, Lease
 from .errors import KeyChainError, LeaseError, MissError, NamespaceError, PoolLimitError, PrefixMissingError
 from .eviction import DEFAULT_POLICY, Eviction, GhostList, make_policy
@@ -24,7 +24,7 @@ from .index import Nodes, Selection, Tree
 from .keys import KeyChain, Namespace, check_flat_key, check_tenant
 from .match import Explanation, Ghost, Match, Reason, explain, match
 from .memory import Memory
-from .placement import Geometry, Held, page_lists, plan_put
+from .placement import Blocks, Geometry, Held, page_lists, plan_put
 from .planning import follow, held_at
 from .put import Put
 from .requests import Requests
@@ -89,15 +89,17 @@ class PoolCore:
             if len(self._rooms) >= MAX_NAMESPACES:
                 raise NamespaceError(f"the pool has {MAX_NAMESPACES} namespaces, its limit: use fewer layouts or salts")
             self._shelf(tenant)
+            geometry = Geometry(layout)
             tree = Tree(
                 ns,
                 self._eviction,
                 self._ghosts,
                 lambda slabs: self._free(tenant, slabs),
                 self.clock,
-                self.arena.page_bytes,
+                geometry,
+                self.arena,
             )
-            room = self._rooms[ns.id] = Room(tree, Geometry(layout))
+            room = self._rooms[ns.id] = Room(tree, geometry)
         return room.tree.ns
 
     def match(self, ns: Namespace, chain: KeyChain, limit: int | None = None) -> Match:
@@ -208,22 +210,28 @@ class PoolCore:
         ns = put.ns
         if put.chain is None:
             total = sum(e.nbytes for e in extents)
-            put.transfer_slab = self.memory.allocate(ns.tenant, [([total], BlockClass.TRANSFER)])[0]
+            put.transfer_slab = self.memory.allocate(ns.tenant, [total], BlockClass.TRANSFER)[0]
             return
         plan = plan_put(ns.layout, room.geometry, ns.block_tokens, extents, put.points)
-        blocks = [w for w in plan.wanted if w.role != "states"]
-        states = [w for w in plan.wanted if w.role == "states"]
-        slabs = self.memory.allocate(
-            ns.tenant,
-            [([w.nbytes for w in blocks], BlockClass.PREFIX), ([w.nbytes for w in states], BlockClass.STATE)],
+        slabs = iter(
+            self.memory.allocate_rows(
+                ns.tenant,
+                [(len(index), nbytes, BlockClass.PREFIX) for _, index, nbytes in plan.blocks]
+                + [(1, nbytes, BlockClass.PREFIX) for *_, nbytes in plan.tails]
+                + [(1, nbytes, BlockClass.STATE) for *_, nbytes in plan.states],
+            )
         )
         put.held = {group: Held() for group in range(len(ns.layout.groups))}
-        copies = set(plan.copies)
-        for wanted, slab in zip([*blocks, *states], slabs, strict=True):
-            if wanted.role == "tails" and (wanted.group, wanted.index) in copies:
-                put.pending_tails.append((wanted.group, wanted.index, slab))
+        for group, index, _ in plan.blocks:
+            put.held[group].blocks = Blocks(index, next(slabs))
+        for group, position, _ in plan.tails:
+            slab = next(slabs)[0]
+            if (group, position) in plan.copies:
+                put.pending_tails.append((group, position, slab))
             else:
-                getattr(put.held[wanted.group], wanted.role)[wanted.index] = slab
+                put.held[group].tails[position] = slab
+        for group, position, _ in plan.states:
+            put.held[group].states[position] = next(slabs)[0]
 
     # -- getting -----------------------------------------------------------------------------------
 
@@ -340,7 +348,7 @@ class PoolCore:
         shelf = self._shelf(tenant)
         self._check_active()
         keys = [check_flat_key(k) for k in self._bounded(list(sizes))]
-        slabs = self.memory.allocate(tenant, [([sizes[k] for k in keys], BlockClass.PREFIX)])
+        slabs = self.memory.allocate(tenant, [sizes[k] for k in keys], BlockClass.PREFIX)
         put = FlatPut(self, shelf, dict(zip(keys, slabs, strict=True)), deadline)
         self._deadlines.add(put)
         self._counts["flat_puts"] += len(keys)
@@ -489,5 +497,5 @@ class PoolCore:
         self._closed()
         self._requests.finish(put, put.error)
 
-    def _free(self, tenant: str, slabs: list[Slab]) -> None:
+    def _free(self, tenant: str, slabs: Sequence[Slab | Slabs]) -> None:
         self.memory.free(tenant, slabs)

@@ -14,22 +14,24 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtransport.layout import GroupKind
 
-from .arena import Slab
+from .arena import BlockClass, PageArena, Slab, Slabs
+from .columns import Column
 from .errors import KeyChainError
 from .eviction import BLOCKED, FIRST, GONE, Eviction, GhostList, Stored
 from .eviction.flops import FlopsModel
 from .eviction.segments import describe
 from .keys import KeyChain, Namespace
 from .match import Ghost, Tail, View, rules_of
+from .placement import Geometry
+from .slabstore import EveryNode, FewNodes, SlabStore
+from .table import new_table
 
 Nodes = NDArray[np.int32]
 Floats = NDArray[np.float64]
@@ -38,14 +40,13 @@ Selection = list[tuple[int, Nodes]]
 
 ROOT = -1
 _NO_NODES: Nodes = np.empty(0, dtype=np.int32)
-_FIND_FIRST = 128
-"""Keys looked up before looking whether to go on; four times as many each time."""
+_FIRST_ROWS = 64
 
 
 class Tree:
     """The index of ``ns``. ``free`` takes the slabs of what is evicted, ``clock`` gives seconds for ghosts.
 
-    ``page_bytes`` is the size of the arena's pages, for what a byte of an entry saves.
+    ``arena`` is where the slabs lie, ``geometry`` how large they are.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Tree:
         ns: Namespace,
         eviction: Eviction,
         ghosts: GhostList,
-        free: Callable[[list[Slab]], None],
+        free: Callable[[list[Slabs]], None],
         clock: Callable[[], float],
-        page_bytes: int,
+        geometry: Geometry,
+        arena: PageArena,
     ) -> None:
         self.ns = ns
         self.rules = rules_of(ns.layout)
@@ -79,27 +81,39 @@ class Tree:
         self._eviction, self._ghosts, self._free, self._clock = eviction, ghosts, free, clock
         self._policy = eviction.policy
         self._flops = FlopsModel(ns.layout)
-        self._page_bytes = page_bytes
+        self._arena = arena
+        self._page_bytes = arena.page_bytes
+        self._group_bytes = geometry.group_bytes
         self._ends = [u for u in range(len(self.units)) if u != self.full]
-        self._ids: dict[bytes, int] = {}
-        self._keys: list[bytes] = []
-        self._slabs: list[list[Slab | None]] = [[] for _ in self.rules]
-        self._unused: list[int] = []
+        self._table = new_table()
+        self._slabs = [self._store(group) for group in range(len(self.rules))]
         self._tails: dict[int, dict[int, int]] = {}  # parent -> position -> tails there
+        self._entries = [0] * len(self.units)
         self._capacity = 0
-        units = len(self.units)
-        self._parent = np.empty(0, dtype=np.int32)
-        self._position = np.empty(0, dtype=np.int64)
-        self._children = np.empty(0, dtype=np.int32)
-        self._resident = np.empty((units, 0), dtype=np.bool_)
-        self._queued = np.empty((units, 0), dtype=np.bool_)
-        self._pins = np.empty((units, 0), dtype=np.int32)
-        self._pages = np.empty((units, 0), dtype=np.int32)
-        self._rank = np.empty((units, 0), dtype=np.float64)
-        self._uses = np.empty((units, 0), dtype=np.int32)
-        self._value = np.empty((units, 0), dtype=np.float32)
-        self._turn = np.empty(0, dtype=np.int32)
-        self._generation = np.empty((units, 0), dtype=np.int32)
+        units = (len(self.units),)
+        self._columns = {
+            "_parent": Column(np.int32),
+            "_position": Column(np.int32),
+            "_children": Column(np.int32),
+            "_with_tails": Column(np.bool_),
+            "_turn": Column(np.int32),
+            # by unit
+            "_resident": Column(np.bool_, units),
+            "_queued": Column(np.bool_, units),
+            "_pins": Column(np.int32, units),
+            "_pages": Column(np.int32, units),
+            "_rank": Column(np.float64, units),
+            "_uses": Column(np.int32, units),
+            "_value": Column(np.float32, units),
+            "_generation": Column(np.int32, units),
+        }
+        self._show_columns()
+
+    def _store(self, group: int) -> SlabStore:
+        nbytes = self._group_bytes[group]
+        if self.rules[group].kind is GroupKind.RECURRENT:
+            return FewNodes(BlockClass.STATE, self._arena.pages_for(nbytes))
+        return EveryNode(BlockClass.PREFIX, self._arena.pages_for(nbytes * self.ns.block_tokens))
 
     @property
     def tenant(self) -> str:
@@ -107,41 +121,34 @@ class Tree:
 
     def __len__(self) -> int:
         """Nodes."""
-        return len(self._ids)
+        return len(self._table)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the index takes, room for nodes to come included (which takes none until they do)."""
+        columns = sum(c.rows.nbytes for c in self._columns.values())
+        return self._table.nbytes + columns + sum(s.nbytes for s in self._slabs)
 
     # -- finding ---------------------------------------------------------------------------------
 
-    def find(self, keys: Sequence[bytes]) -> Nodes:
+    def find(self, keys: list[bytes]) -> Nodes:
         """The nodes of the longest known prefix of the chain ``keys``."""
-        found: list[Nodes] = []
-        parent, step, at, size = ROOT, self.ns.block_tokens, 0, _FIND_FIRST
-        get = self._ids.get
-        while at < len(keys):
-            part = keys[at : at + size]
-            nodes = np.fromiter(map(get, part, repeat(ROOT)), np.int32, len(part))
-            known = nodes >= 0
-            if not known.all():
-                nodes = nodes[: int(np.argmin(known))]
-            # An opaque key may be known under another parent, or as a tail: then this is not its chain.
-            right = self._position[nodes] == np.arange(at + 1, at + len(nodes) + 1, dtype=np.int64) * step
-            right[1:] &= self._parent[nodes[1:]] == nodes[:-1]
-            right[:1] &= self._parent[nodes[:1]] == parent
-            if not right.all():
-                nodes = nodes[: int(np.argmin(right))]
-            found.append(nodes)
-            if len(nodes) < len(part):
-                break
-            parent, at, size = int(nodes[-1]), at + size, size * 4
-        return np.concatenate(found) if found else _NO_NODES
+        nodes = np.empty(len(keys), np.int32)
+        nodes = nodes[: self._table.find(keys, 0, nodes)]
+        # An opaque key may be known under another parent, or as a tail: then this is not its chain.
+        right = self._position[nodes] == np.arange(1, len(nodes) + 1, dtype=np.int32) * self.ns.block_tokens
+        right[:1] &= self._parent[nodes[:1]] == ROOT
+        right[1:] &= self._parent[nodes[1:]] == nodes[:-1]
+        return nodes if right.all() else nodes[: int(np.argmin(right))]
 
     def find_tail(self, chain: KeyChain, position: int, path: Nodes) -> int | None:
         """The node of the off-grid checkpoint at ``position``, given the path of the blocks before it."""
         block = position // self.ns.block_tokens
         if chain.opaque or position > chain.tokens or len(path) < block:
             return None
-        node = self._ids.get(chain.key_at(position))
+        node = self._table.get(chain.key_at(position))
         parent = int(path[block - 1]) if block else ROOT
-        if node is None or self._parent[node] != parent or self._position[node] != position:
+        if node < 0 or self._parent[node] != parent or self._position[node] != position:
             return None
         return node
 
@@ -150,16 +157,12 @@ class Tree:
         resident = self._resident[np.array(self.unit_of)[:, None], path[None, :]]
         tails = []
         if self._tails and not chain.opaque:
-            for parent in (ROOT, *path.tolist()) if len(self._tails) > len(path) else self._parents_with_tails(path):
+            for parent in (ROOT, *path[self._with_tails[path]].tolist()):
                 for position in self._tails.get(parent, ()):
                     node = self.find_tail(chain, position, path)
                     if node is not None:
                         tails.append(Tail(position, tuple(bool(self._resident[u, node]) for u in self.unit_of)))
         return View(self.ns.block_tokens, self.rules, resident, tuple(tails))
-
-    def _parents_with_tails(self, path: Nodes) -> list[int]:
-        known = set(path.tolist())
-        return [p for p in self._tails if p == ROOT or p in known]
 
     def select(self, path: Nodes, length: int, tail: int | None) -> Selection:
         """What restoring ``length`` tokens needs; ``tail`` is the node of an off-grid length."""
@@ -187,15 +190,30 @@ class Tree:
         """Whether all of ``selection`` is resident."""
         return all(bool(self._resident[unit, nodes].all()) for unit, nodes in selection)
 
-    def slabs(self, group: int, nodes: Iterable[int]) -> list[Slab]:
-        """The slabs of one group at resident nodes."""
-        column, found = self._slabs[group], []
-        for node in nodes:
-            slab = column[node]
-            if slab is None:
-                raise KeyChainError(f"group {self.rules[group].name!r} is not resident at node {node}")
-            found.append(slab)
-        return found
+    def slabs(self, group: int, nodes: Nodes) -> Slabs:
+        """The slabs of one group at nodes at block boundaries. Raises KeyChainError when it is not resident at one of them."""
+        there = self._resident[self.unit_of[group], nodes]
+        if not there.all():
+            node = nodes[int(np.argmin(there))]
+            raise KeyChainError(f"group {self.rules[group].name!r} is not resident at node {node}")
+        nbytes = self._slab_bytes(group, self.ns.block_tokens)
+        return self._slabs[group].get(nodes, nbytes, self._arena.pages_for(nbytes))
+
+    def slab(self, group: int, node: int) -> Slab:
+        """The slab of one group at one node, which may be an off-grid checkpoint. Raises KeyChainError."""
+        if not self._resident[self.unit_of[group], node]:
+            raise KeyChainError(f"group {self.rules[group].name!r} is not resident at node {node}")
+        return self._slabs_at(group, node)[0]
+
+    def _slabs_at(self, group: int, node: int) -> Slabs:
+        nbytes = self._slab_bytes(group, int(self._position[node]))
+        return self._slabs[group].get(np.array([node], dtype=np.int32), nbytes, self._arena.pages_for(nbytes))
+
+    def _slab_bytes(self, group: int, position: int) -> int:
+        """Bytes of what ends at ``position`` tokens: a state, a whole or a partial block."""
+        if self.rules[group].kind is GroupKind.RECURRENT:
+            return self._group_bytes[group]
+        return self._group_bytes[group] * (position % self.ns.block_tokens or self.ns.block_tokens)
 
     def ghost(self, group: int, key: bytes) -> Ghost | None:
         return self._ghosts.get(self.number, self.unit_of[group], key)
@@ -261,30 +279,33 @@ class Tree:
 
     # -- storing ---------------------------------------------------------------------------------
 
-    def check_path(self, keys: Sequence[bytes]) -> None:
+    def check_path(self, keys: list[bytes]) -> None:
         """Raise KeyChainError when a key of the chain is known at another place.
 
         Only engines' own hashes can do that: they must depend on everything before the block.
         """
-        for i, key in enumerate(keys[len(self.find(keys)) :]):
-            if key in self._ids:
+        known = len(self.find(keys))
+        for i, key in enumerate(keys[known:]):
+            if self._table.get(key) >= 0:
                 raise KeyChainError(
                     f"block hash {key.hex()[:16]} ({i} after the known prefix) is already known after other blocks: hashes "
                     "must depend on everything before them"
                 )
 
-    def grow_path(self, keys: Sequence[bytes]) -> Nodes:
+    def grow_path(self, keys: list[bytes]) -> Nodes:
         """The nodes of the whole chain ``keys``, made where they are missing. Raises as :meth:`check_path`."""
-        self.check_path(keys)
         path = self.find(keys)
-        missing = len(keys) - len(path)
-        if not missing:
+        first = len(path)
+        if first == len(keys):
             return path
-        new = np.array([self._new_node(k) for k in keys[len(path) :]], dtype=np.int32)
+        try:
+            new = self._new_nodes(keys[first:])
+        except ValueError:
+            self.check_path(keys)
+            raise
         path = np.concatenate([path, new])
-        first = len(path) - missing
         self._parent[new] = path[first - 1 : -1] if first else np.r_[np.int32(ROOT), new[:-1]]
-        self._position[new] = np.arange(first + 1, len(path) + 1, dtype=np.int64) * self.ns.block_tokens
+        self._position[new] = np.arange(first + 1, len(path) + 1, dtype=np.int32) * self.ns.block_tokens
         self._take_turns(keys, path, first)
         parents = path[max(0, first - 1) : -1]
         self._children[parents] += 1
@@ -298,13 +319,14 @@ class Tree:
         block = position // self.ns.block_tokens
         parent = int(path[block - 1]) if block else ROOT
         key = chain.key_at(position)
-        if key in self._ids:
+        if self._table.get(key) >= 0:
             raise KeyChainError(f"checkpoint key {key.hex()[:16]} is already known as an engine's block hash")
-        node = self._new_node(key)
+        node = int(self._new_nodes([key])[0])
         self._parent[node], self._position[node] = parent, position
         self._turn[node] = 1 if parent == ROOT else self._turn[parent]
         if parent != ROOT:
             self._children[parent] += 1
+            self._with_tails[parent] = True
         here = self._tails.setdefault(parent, {})
         here[position] = here.get(position, 0) + 1
         return node
@@ -319,37 +341,36 @@ class Tree:
             at += 1
         self._turn[path[at:]] = turn
 
-    def place(self, unit: int, nodes: Nodes, slabs: Sequence[Sequence[Slab]], path: Nodes = _NO_NODES) -> list[Slab]:
+    def place(self, unit: int, nodes: Nodes, slabs: Sequence[Slabs], path: Nodes = _NO_NODES) -> list[Slabs]:
         """Make ``slabs[i][j]`` (group ``units[unit][i]``, node ``nodes[j]``) resident; returns those of nodes that have them already.
 
         ``path`` leads to the last of ``nodes``: what a checkpoint saves is counted from the one before it.
         """
         there = self._resident[unit, nodes]
-        spare: list[Slab] = []
+        spare: list[Slabs] = [column.take(there) for column in slabs] if there.any() else []
         fresh = nodes[~there]
-        pages = np.zeros(len(nodes), dtype=np.int32)
+        if not len(fresh):
+            return spare
+        pages = 0
         for group, column in zip(self.units[unit], slabs, strict=True):
-            target = self._slabs[group]
-            for j, (node, slab, known) in enumerate(zip(nodes.tolist(), column, there.tolist(), strict=True)):
-                if known:
-                    spare.append(slab)
-                else:
-                    target[node] = slab
-                    pages[j] += len(slab.pages)
-                    self.group_slabs[group] += 1
-                    self.group_pages[group] += len(slab.pages)
+            new = column.take(~there)
+            self._slabs[group].put(fresh, new)
+            self.group_slabs[group] += len(new)
+            self.group_pages[group] += new.page_count
+            pages += new.pages.shape[1]
         self._resident[unit, fresh] = True
-        self._pages[unit, fresh] = pages[~there]
+        self._entries[unit] += len(fresh)
+        self._pages[unit, fresh] = pages
         self._uses[unit, fresh] = 0
-        if len(fresh):
-            self._value[unit, fresh] = self._saved(unit, fresh, path) / (self._pages[unit, fresh] * self._page_bytes)
-            touches = self._eviction.tick(len(fresh) + 1) + np.arange(len(fresh) - 1, -1, -1)
-            self._rank[unit, fresh] = self._policy.first_rank(
-                touches, self._value[unit, fresh], self._pages[unit, fresh], int(self._turn[fresh[-1]])
-            )
-        self.unpinned_pages += int(pages.sum())
-        for node in fresh.tolist():
-            self._ghosts.drop(self.number, unit, self._keys[node])
+        self._value[unit, fresh] = self._saved(unit, fresh, path) / (self._pages[unit, fresh] * self._page_bytes)
+        touches = self._eviction.tick(len(fresh) + 1) + np.arange(len(fresh) - 1, -1, -1)
+        self._rank[unit, fresh] = self._policy.first_rank(
+            touches, self._value[unit, fresh], self._pages[unit, fresh], int(self._turn[fresh[-1]])
+        )
+        self.unpinned_pages += pages * len(fresh)
+        if len(self._ghosts):
+            for node in fresh.tolist():
+                self._ghosts.drop(self.number, unit, self._table.key(node))
         self._offer(unit, fresh)
         return spare
 
@@ -358,11 +379,11 @@ class Tree:
 
         The blocks of one window serve one checkpoint and share what it saves.
         """
-        stops = self._position[nodes]
+        stops = self._position[nodes].astype(np.int64)
         if unit == self.full:
             step = self.ns.block_tokens
             return self._flops.upto(stops) - self._flops.upto(np.maximum(0, (stops - 1) // step * step))
-        ends = self._position[path[self._resident[unit, path]]] if len(path) else np.empty(0, np.int64)
+        ends = self._position[path[self._resident[unit, path]]].astype(np.int64)
         gap = 0 if unit == self.state else self.ns.block_tokens
         return self._flops.between_checkpoints(stops, ends, gap)
 
@@ -386,8 +407,8 @@ class Tree:
         pages = self._pages[ends, path] * resident
         values = np.where(resident, self._value[ends, path], 0.0).sum(axis=0) / np.maximum(1, resident.sum(axis=0))
         return describe(
-            lambda at: [(self.number, self._keys[n]) for n in path[at].tolist()],
-            positions=self._position[path],
+            lambda at: [(self.number, self._table.key(n)) for n in path[at].tolist()],
+            positions=self._position[path].astype(np.int64),
             pages=self._pages[full, path],
             end_pages=pages.sum(axis=0),
             end_values=values,
@@ -401,9 +422,7 @@ class Tree:
         """Forget ``node`` and its ancestors as far as they hold nothing and lead nowhere."""
         while node != ROOT and not self._children[node] and not self._resident[:, node].any():
             parent, position = int(self._parent[node]), int(self._position[node])
-            del self._ids[self._keys[node]]
-            self._keys[node] = b""
-            self._unused.append(node)
+            self._table.remove(node)
             if position % self.ns.block_tokens:
                 here = self._tails[parent]
                 here[position] -= 1
@@ -411,6 +430,8 @@ class Tree:
                     del here[position]
                 if not here:
                     del self._tails[parent]
+                    if parent != ROOT:
+                        self._with_tails[parent] = False
             if parent != ROOT:
                 self._children[parent] -= 1
                 if not self._children[parent] and self.full is not None:
@@ -440,7 +461,7 @@ class Tree:
         return int(self._pages[unit, node])
 
     def key(self, unit: int, node: int) -> bytes:
-        return self._keys[node]
+        return self._table.key(node)
 
     def _check_orphan(self, node: int) -> None:
         """Blocks at the end of a sequence that lost its checkpoint can only be evicted: the policy may want them first."""
@@ -453,21 +474,21 @@ class Tree:
         """Free what :meth:`check` allowed, with what is of no use without it."""
         whole = unit == self.full or self._position[node] % self.ns.block_tokens
         ghost = Ghost(self._clock(), why, int(self._turn[node]))
-        slabs: list[Slab] = []
+        key = self._table.key(node)
+        slabs: list[Slabs] = []
         lost = 0
         for u in np.flatnonzero(self._resident[:, node]).tolist() if whole else [unit]:
             for group in self.units[u]:
-                slab = self._slabs[group][node]
-                if slab is not None:
-                    slabs.append(slab)
-                    self._slabs[group][node] = None
-                    self.group_slabs[group] -= 1
-                    self.group_pages[group] -= len(slab.pages)
+                slabs.append(self._slabs_at(group, node))
+                self._slabs[group].drop(node)
+                self.group_slabs[group] -= 1
+                self.group_pages[group] -= slabs[-1].page_count
+            self._entries[u] -= 1
             self.unpinned_pages -= int(self._pages[u, node])
             lost += u != unit and bool(self._queued[u, node])
             self._resident[u, node] = self._queued[u, node] = False
             self._generation[u, node] += 1
-            self._ghosts.add(self.number, u, self._keys[node], ghost)
+            self._ghosts.add(self.number, u, key, ghost)
         self._free(slabs)
         if not whole:
             self._check_orphan(node)
@@ -477,7 +498,7 @@ class Tree:
 
     def clear(self, why: str = "cleared") -> int:
         """Evict all that is not pinned; returns how many entries went."""
-        before = int(self._resident.sum())
+        before = sum(self._entries)
         held = np.flatnonzero(self._resident.any(axis=0))
         for node in held[np.argsort(-self._position[held], kind="stable")].tolist():
             for unit in np.flatnonzero(self._resident[:, node]).tolist():
@@ -489,46 +510,52 @@ class Tree:
                 self.evict(unit, node, why)
                 if queued:
                     self._eviction.forget(self.tenant, 1)
-        return before - int(self._resident.sum())
+        return before - sum(self._entries)
 
     def entries(self) -> dict[str, int]:
         """Counts of what is resident: nodes, blocks' units, states, off-grid checkpoints."""
-        state = 0 if self.state is None else int(self._resident[self.state].sum())
+        state = 0 if self.state is None else self._entries[self.state]
         tails = sum(sum(here.values()) for here in self._tails.values())
-        return {"nodes": len(self._ids), "units": int(self._resident.sum()), "states": state, "tails": tails}
+        return {"nodes": len(self._table), "units": sum(self._entries), "states": state, "tails": tails}
 
     # -- nodes -----------------------------------------------------------------------------------
 
-    def _new_node(self, key: bytes) -> int:
-        if not self._unused:
+    def _new_nodes(self, keys: list[bytes]) -> Nodes:
+        """Nodes for new keys; ValueError, making none, when one is known."""
+        while self._table.high + len(keys) > self._capacity:
             self._extend()
-        node = self._unused.pop()
-        self._ids[key] = node
-        self._keys[node] = key
-        self._children[node] = 0
-        return node
+        nodes = np.empty(len(keys), np.int32)
+        self._table.add(keys, 0, nodes)
+        self._children[nodes] = 0
+        return nodes
 
     def _extend(self) -> None:
-        """Double the columns."""
-        more = max(64, self._capacity)
-        for name in (
-            "_parent",
-            "_position",
-            "_children",
-            "_resident",
-            "_queued",
-            "_pins",
-            "_pages",
-            "_generation",
-            "_rank",
-            "_uses",
-            "_value",
-            "_turn",
-        ):
-            column: NDArray[Any] = getattr(self, name)
-            setattr(self, name, np.concatenate([column, np.zeros((*column.shape[:-1], more), column.dtype)], axis=-1))
-        self._keys.extend([b""] * more)
-        for slabs in self._slabs:
-            slabs.extend([None] * more)
-        self._unused.extend(range(self._capacity + more - 1, self._capacity - 1, -1))
-        self._capacity += more
+        """Double the columns: only addresses, memory comes as nodes do."""
+        capacity = max(_FIRST_ROWS, 2 * self._capacity)
+        for name in self._columns:
+            delattr(self, name)
+        try:
+            for column in self._columns.values():
+                column.grow(capacity)
+            for store in self._slabs:
+                store.grow(capacity)
+        finally:
+            self._show_columns()
+        self._capacity = capacity
+
+    def _show_columns(self) -> None:
+        """Have the columns as attributes: indexed by node, or by unit and node."""
+        rows = {name: column.rows.T for name, column in self._columns.items()}
+        self._parent: NDArray[np.int32] = rows["_parent"]
+        self._position: NDArray[np.int32] = rows["_position"]
+        self._children: NDArray[np.int32] = rows["_children"]
+        self._with_tails: NDArray[np.bool_] = rows["_with_tails"]
+        self._turn: NDArray[np.int32] = rows["_turn"]
+        self._resident: NDArray[np.bool_] = rows["_resident"]
+        self._queued: NDArray[np.bool_] = rows["_queued"]
+        self._pins: NDArray[np.int32] = rows["_pins"]
+        self._pages: NDArray[np.int32] = rows["_pages"]
+        self._rank: NDArray[np.float64] = rows["_rank"]
+        self._uses: NDArray[np.int32] = rows["_uses"]
+        self._value: NDArray[np.float32] = rows["_value"]
+        self._generation: NDArray[np.int32] = rows["_generation"]

@@ -109,13 +109,17 @@ def _tail_allowed(view: View, group: int, tail: Tail) -> bool:
 def endpoints(view: View, groups: Sequence[int] | None = None) -> list[int]:
     """All lengths (tokens, ascending) that every one of ``groups`` (default: all) can restore."""
     chosen = range(len(view.rules)) if groups is None else groups
-    blocks = view.resident.shape[1]
-    allowed = np.ones(blocks, dtype=np.bool_)
+    allowed = np.ones(view.resident.shape[1], dtype=np.bool_)
     for group in chosen:
         allowed &= _aligned(view.rules[group], view.resident[group], view.block_tokens)
-    found = ((np.flatnonzero(allowed) + 1) * view.block_tokens).tolist()
-    found += [t.position for t in view.tails if all(_tail_allowed(view, g, t) for g in chosen)]
-    return sorted(found)
+    return _lengths(view, allowed, chosen)
+
+
+def _lengths(view: View, allowed: Bools, groups: Sequence[int]) -> list[int]:
+    """The endpoints of ``allowed`` (by block) and the off-grid ones of ``groups``, in tokens, ascending."""
+    found: list[int] = ((np.flatnonzero(allowed) + 1) * view.block_tokens).tolist()
+    tails = [t.position for t in view.tails if all(_tail_allowed(view, g, t) for g in groups)]
+    return sorted(found + tails) if tails else found
 
 
 def restorable(view: View) -> list[int]:
@@ -125,8 +129,14 @@ def restorable(view: View) -> list[int]:
 
 def match(view: View, limit: int) -> Match:
     """The restorable lengths up to ``limit`` tokens and the largest of them."""
-    lengths = _up_to(restorable(view), limit)
-    reach = {rule.name: max(_up_to(endpoints(view, [g]), limit)[-1:], default=0) for g, rule in enumerate(view.rules)}
+    step = view.block_tokens
+    by_group = [_aligned(rule, view.resident[g], step) for g, rule in enumerate(view.rules)]
+    lengths = _up_to(_lengths(view, np.logical_and.reduce(by_group), range(len(by_group))), limit)
+    reach = {}
+    for g, (rule, allowed) in enumerate(zip(view.rules, by_group, strict=True)):
+        blocks = np.flatnonzero(allowed[: limit // step])
+        tails = [t.position for t in view.tails if t.position <= limit and _tail_allowed(view, g, t)]
+        reach[rule.name] = max([int(blocks[-1] + 1) * step if len(blocks) else 0, *tails])
     return Match(lengths[-1] if lengths else 0, tuple(lengths), reach, limit)
 
 

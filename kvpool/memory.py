@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from kvtransport.errors import ConfigError
 
-from .arena import BlockClass, PageArena, Slab
+from .arena import BlockClass, PageArena, Slab, Slabs
 from .errors import PoolFullError, QuotaError
 from .eviction import Eviction
 
-Sizes = tuple[Sequence[int], BlockClass]
+Rows = tuple[int, int, BlockClass]
+"""How many slabs of how many bytes each, for what."""
 
 
 class Memory:
@@ -43,20 +44,26 @@ class Memory:
         """Bytes that are in the cache and neither leased nor being read."""
         return self._eviction.unpinned_pages(tenant) * self.arena.page_bytes
 
-    def free(self, tenant: str, slabs: Sequence[Slab]) -> None:
+    def free(self, tenant: str, slabs: Sequence[Slab | Slabs]) -> None:
         self.arena.free_many(slabs)
-        self._used[tenant] -= sum(len(s.pages) for s in slabs)
+        self._used[tenant] -= sum(s.page_count for s in slabs)
 
-    def allocate(self, tenant: str, batches: Sequence[Sizes]) -> list[Slab]:
-        """Slabs of all sizes, or an error and none; evicts what it must, nothing when that would not be enough.
+    def allocate(self, tenant: str, sizes: Sequence[int], kind: BlockClass) -> list[Slab]:
+        """A slab of each size, or an error and none; evicts what it must, nothing when that would not be enough.
 
         Raises QuotaError or PoolFullError, with the numbers.
         """
-        pages = sum(self.arena.pages_for(n) for sizes, _ in batches for n in sizes)
-        self._make_room(tenant, pages, transfer=any(kind is BlockClass.TRANSFER for _, kind in batches))
-        slabs: list[Slab] = []
-        for sizes, kind in batches:
-            slabs += self.arena.allocate_many(sizes, kind)
+        pages = sum(map(self.arena.pages_for, sizes))
+        self._make_room(tenant, pages, transfer=kind is BlockClass.TRANSFER)
+        slabs = self.arena.allocate_many(sizes, kind)
+        self._used[tenant] += pages
+        return slabs
+
+    def allocate_rows(self, tenant: str, wanted: Sequence[Rows]) -> list[Slabs]:
+        """All of ``wanted``, or an error and none; otherwise as :meth:`allocate`."""
+        pages = sum(count * self.arena.pages_for(nbytes) for count, nbytes, _ in wanted)
+        self._make_room(tenant, pages, transfer=any(kind is BlockClass.TRANSFER for *_, kind in wanted))
+        slabs = [self.arena.allocate_rows(*rows) for rows in wanted]
         self._used[tenant] += pages
         return slabs
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvtransport.buffers import PageList
 from kvtransport.layout import CacheLayout, Extent, GroupKind, Span
 
-from .arena import PageArena, Pages, Pieces, Slab
+from .arena import BlockClass, PageArena, Pages, Pieces, Slab, Slabs
 
 Slot = tuple[int, int]
 """(layer, tensor) as on the wire."""
@@ -46,16 +49,40 @@ class Geometry:
         return {self.slots[e.layer, e.tensor].group: e.spans for e in extents}
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Whole blocks of one group: ``slabs[i]`` is block ``index[i]`` (ascending)."""
+
+    index: NDArray[np.int64]
+    slabs: Slabs
+
+    def rows(self, first: int, count: int) -> Pages:
+        """Page numbers of blocks ``first`` to ``first + count``; KeyError when one of them is not there."""
+        at = int(self.index.searchsorted(first))
+        if at + count > len(self.index) or self.index[at] != first or self.index[at + count - 1] != first + count - 1:
+            raise KeyError(f"blocks {first} to {first + count} are not all there")
+        return self.slabs.pages[at : at + count]
+
+    def __contains__(self, block: int) -> bool:
+        at = int(self.index.searchsorted(block))
+        return at < len(self.index) and self.index[at] == block
+
+
+NO_BLOCKS = Blocks(
+    np.empty(0, np.int64), Slabs(np.empty((0, 0), np.int32), 0, np.empty(0, np.int64), BlockClass.PREFIX)
+)
+
+
 @dataclass(slots=True)
 class Held:
-    """What is stored of one group: whole blocks by index, partial blocks and states by position (tokens)."""
+    """What is stored of one group: whole blocks, and partial blocks and states by position (tokens)."""
 
-    blocks: dict[int, Slab] = field(default_factory=dict)
+    blocks: Blocks = NO_BLOCKS
     tails: dict[int, Slab] = field(default_factory=dict)
     states: dict[int, Slab] = field(default_factory=dict)
 
-    def slabs(self) -> list[Slab]:
-        return [*self.blocks.values(), *self.tails.values(), *self.states.values()]
+    def slabs(self) -> list[Slab | Slabs]:
+        return [self.blocks.slabs, *self.tails.values(), *self.states.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +108,18 @@ def parts_of(arena: PageArena, block_tokens: int, spans: Iterable[Span], held: H
             base = block * block_tokens
             if at == base and base + block_tokens <= stop:
                 count = (stop - base) // block_tokens
-                whole = arena.stack([held.blocks[block + i] for i in range(count)])
-                parts.append(Part(whole, block_tokens, 0, block_tokens))
+                parts.append(Part(held.blocks.rows(block, count), block_tokens, 0, block_tokens))
                 at = base + count * block_tokens
                 continue
             end = min(stop, base + block_tokens)
             if end % block_tokens and end in held.tails:
-                slab, tokens = held.tails[end], end - base
+                matrix, tokens = arena.stack([held.tails[end]]), end - base
             elif block in held.blocks:
-                slab, tokens = held.blocks[block], block_tokens
+                matrix, tokens = held.blocks.rows(block, 1), block_tokens
             else:
                 longer = min(p for p in held.tails if end <= p < base + block_tokens)
-                slab, tokens = held.tails[longer], longer - base
-            parts.append(Part(arena.stack([slab]), tokens, at - base, end - base))
+                matrix, tokens = arena.stack([held.tails[longer]]), longer - base
+            parts.append(Part(matrix, tokens, at - base, end - base))
             at = end
     return parts
 
@@ -131,21 +157,17 @@ def whole_group(arena: PageArena, geometry: Geometry, group: int, parts: Sequenc
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """One slab a put needs. ``index`` is a block's number, or the position of a tail or state."""
-
-    group: int
-    role: str
-    index: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class PutPlan:
-    """The slabs of a put, and which tails are copied from longer blocks when it is sealed (group, position)."""
+    """The slabs of a put.
 
-    wanted: tuple[Wanted, ...]
-    copies: tuple[tuple[int, int], ...]
+    ``blocks`` are (group, block numbers, bytes each), ``tails`` and ``states`` (group, position in tokens, bytes). ``copies`` names
+    the tails that are copied from longer blocks when the put is sealed: (group, position).
+    """
+
+    blocks: tuple[tuple[int, NDArray[np.int64], int], ...]
+    tails: tuple[tuple[int, int, int], ...]
+    states: tuple[tuple[int, int, int], ...]
+    copies: frozenset[tuple[int, int]]
 
 
 def plan_put(
@@ -156,24 +178,27 @@ def plan_put(
     A partial block is needed for every position off the grid: where a span ends there, its bytes arrive
     into it; where the span goes on, the block they arrive in is longer and they are copied at the seal.
     """
-    wanted: list[Wanted] = []
-    copies: list[tuple[int, int]] = []
+    blocks: list[tuple[int, NDArray[np.int64], int]] = []
+    tails: list[tuple[int, int, int]] = []
+    states: list[tuple[int, int, int]] = []
+    copies: set[tuple[int, int]] = set()
     spans = geometry.spans(extents)
     off_grid = sorted({p for p in points if p % block_tokens})
     for group, own in spans.items():
         size = geometry.group_bytes[group]
         if layout.groups[group].kind is GroupKind.RECURRENT:
-            wanted += [Wanted(group, "states", s.first, size) for s in own]
+            states += [(group, s.first, size) for s in own]
             continue
+        whole = [np.arange(s.first // block_tokens, s.stop // block_tokens) for s in own]
+        index = np.unique(np.concatenate([np.empty(0, np.int64), *whole]))
+        if len(index):
+            blocks.append((group, index, size * block_tokens))
         stops = {s.stop for s in own}
-        for span in own:
-            whole = range(span.first // block_tokens, span.stop // block_tokens)
-            wanted += [Wanted(group, "blocks", b, size * block_tokens) for b in whole]
         for position in off_grid:
-            wanted.append(Wanted(group, "tails", position, size * (position % block_tokens)))
+            tails.append((group, position, size * (position % block_tokens)))
             if position not in stops:
-                copies.append((group, position))
-    return PutPlan(tuple(wanted), tuple(copies))
+                copies.add((group, position))
+    return PutPlan(tuple(blocks), tuple(tails), tuple(states), frozenset(copies))
 
 
 def overlaps(theirs: Extent, ours: Extent) -> list[tuple[int, int, int]]:

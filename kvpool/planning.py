@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from kvtransport.buffers import PageList
 from kvtransport.layout import Extent, GroupKind
 
 from .arena import PageArena
 from .errors import MissError
 from .index import Nodes, Selection, Tree
-from .placement import Geometry, Held, Slot, before, overlaps, page_lists
+from .placement import Blocks, Geometry, Held, Slot, before, overlaps, page_lists
 from .put import Put
 
 
@@ -23,12 +25,12 @@ def held_at(tree: Tree, path: Nodes, tail: int | None, boundary: int) -> dict[in
         own = held[group] = Held()
         if rule.kind is GroupKind.RECURRENT:
             node = int(path[blocks - 1]) if tail is None else tail
-            own.states[boundary] = tree.slabs(group, [node])[0]
+            own.states[boundary] = tree.slab(group, node)
             continue
         first = 0 if rule.window is None else max(0, boundary - (rule.window - 1)) // step
-        own.blocks = dict(zip(range(first, blocks), tree.slabs(group, path[first:blocks].tolist()), strict=True))
+        own.blocks = Blocks(np.arange(first, blocks), tree.slabs(group, path[first:blocks]))
         if tail is not None:
-            own.tails[boundary] = tree.slabs(group, [tail])[0]
+            own.tails[boundary] = tree.slab(group, tail)
     return held
 
 
@@ -57,7 +59,7 @@ def follow(
                     f"the request brings tokens {start}..{put.boundary} only, and group {tree.rules[group].name!r} is not in "
                     f"the pool from {spans[0].first} to {start}: get from start {start} on"
                 )
-            held[group] = Held(blocks=dict(zip(blocks, tree.slabs(group, nodes.tolist()), strict=True)))
+            held[group] = Held(Blocks(np.arange(blocks.start, blocks.stop), tree.slabs(group, nodes)))
             wanted.setdefault(unit, nodes)
         selection = list(wanted.items())
         lists = page_lists(arena, geometry, step, early, held)

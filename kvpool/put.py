@@ -15,7 +15,7 @@ from kvtransport.layout import Extent, Span
 from kvtransport.manifest import Manifest
 from kvtransport.wire.ranges import RangeSet
 
-from .arena import Slab
+from .arena import Slab, Slabs
 from .index import Nodes, Selection
 from .keys import KeyChain, Namespace
 from .placement import Held, Slot, page_lists, parts_of, whole_group
@@ -80,7 +80,7 @@ class Put:
         self.transfer_slab: Slab | None = None
         self.lease: Selection = []
         self._kept: Selection = []
-        self._spare: list[Slab] = []
+        self._spare: list[Slab | Slabs] = []
         self._over = False
 
     # -- describing ------------------------------------------------------------------------------
@@ -289,22 +289,18 @@ class Put:
             tree.pin(self._kept)
 
 
-def _columns(
-    held: list[Held], path: Nodes, tails: Mapping[int, int], step: int
-) -> list[tuple[Nodes, list[list[Slab]]]]:
+def _columns(held: list[Held], path: Nodes, tails: Mapping[int, int], step: int) -> list[tuple[Nodes, list[Slabs]]]:
     """(nodes, slabs by group) of one unit; its groups hold the same blocks, tails and states."""
-    out: list[tuple[Nodes, list[list[Slab]]]] = []
+    out: list[tuple[Nodes, list[Slabs]]] = []
     first = held[0]
-    if first.blocks:
-        index = sorted(first.blocks)
-        out.append((path[index], [[h.blocks[i] for i in index] for h in held]))
+    if len(first.blocks.index):
+        out.append((path[first.blocks.index], [h.blocks.slabs for h in held]))
     on_grid = [p for p in first.states if p % step == 0]
     if on_grid:
-        out.append((path[[p // step - 1 for p in on_grid]], [[h.states[p] for p in on_grid] for h in held]))
+        out.append((path[[p // step - 1 for p in on_grid]], [Slabs.of([h.states[p] for p in on_grid]) for h in held]))
     for name in ("tails", "states"):
-        off = [p for p in getattr(first, name) if p % step]
-        if off:
-            out.append(
-                (np.array([tails[p] for p in off], dtype=np.int32), [[getattr(h, name)[p] for p in off] for h in held])
-            )
+        for position in getattr(first, name):  # one by one: partial blocks differ in size
+            if position % step:
+                node = np.array([tails[position]], dtype=np.int32)
+                out.append((node, [Slabs.of([getattr(h, name)[position]]) for h in held]))
     return out

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvpool.arena import BlockClass, PageArena
+from kvpool.arena import BlockClass, PageArena, Slabs
 from kvpool.errors import PoolFullError, SlabError
 from kvtransport.buffers import Arena, PageList
 from kvtransport.errors import ConfigError
@@ -66,6 +66,46 @@ def test_fresh_slabs_are_contiguous(arena):
     pages = arena.pages(slab)
     assert len(pages.pieces) == 1
     assert pages.nbytes == 10 * PAGE - 3
+
+
+def test_rows_are_slabs_of_one_size(arena):
+    rows = arena.allocate_rows(5, 2 * PAGE + 1, BlockClass.PREFIX)
+    other = arena.allocate_rows(3, 2 * PAGE + 1, BlockClass.PREFIX)
+    assert (len(rows), rows.page_count, rows.pages.shape) == (5, 15, (5, 3))
+    assert arena.bytes_of(BlockClass.PREFIX) == 24 * PAGE
+    assert all(arena.is_live(rows[i]) for i in range(5))
+    assert rows[2].page_count == 3
+    assert (arena.stack(rows) == rows.pages).all()
+    some = rows.take(np.array([True, False, True, False, False]))
+    arena.free_many([some, other[1]])
+    assert arena.bytes_of(BlockClass.PREFIX) == 15 * PAGE
+    with pytest.raises(SlabError, match="freed twice"):
+        arena.free_many([rows])
+    with pytest.raises(SlabError, match="freed twice"):
+        arena.free_many([other])
+    arena.free_many([rows.take(np.array([1, 3, 4])), other[0], other[2], rows.take(slice(0, 0))])
+    assert arena.free_pages == arena.total_pages
+    assert not arena.page_generation.any()
+
+
+def test_rows_that_cannot_be(arena):
+    with pytest.raises(PoolFullError, match="asked for 66 pages"):
+        arena.allocate_rows(22, 3 * PAGE, BlockClass.STATE)
+    for count, nbytes in ((-1, 5), (1, -5)):
+        with pytest.raises(SlabError):
+            arena.allocate_rows(count, nbytes, BlockClass.STATE)
+    assert len(arena.allocate_rows(0, PAGE, BlockClass.STATE)) == 0
+    assert arena.free_pages == arena.total_pages
+
+
+def test_rows_and_slabs_one_by_one_are_the_same(arena):
+    rows = arena.allocate_rows(4, 2 * PAGE, BlockClass.STATE)
+    again = Slabs.of([rows[i] for i in range(4)])
+    assert (again.pages == rows.pages).all()
+    assert (again.generation == rows.generation).all()
+    assert (again.nbytes, again.kind) == (rows.nbytes, rows.kind)
+    arena.free_many([again])
+    assert arena.free_pages == arena.total_pages
 
 
 def test_page_lists_of_scattered_slabs(arena):

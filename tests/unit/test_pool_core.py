@@ -211,10 +211,10 @@ def test_an_aborted_put_frees_everything(core, ns, start):
 def test_duplicates_keep_the_old_block(core, ns):
     store(core, ns, TOKENS, 100, checkpoints=(48,))
     used = core.stat()["used_bytes"]
-    pages = core._rooms[ns.id].tree._slabs[0][0].pages.copy()
+    pages = core._rooms[ns.id].tree.slab(0, 0).pages.copy()
     store(core, ns, TOKENS, 100, checkpoints=(48,))
     assert core.stat()["used_bytes"] == used
-    assert (core._rooms[ns.id].tree._slabs[0][0].pages == pages).all()
+    assert (core._rooms[ns.id].tree.slab(0, 0).pages == pages).all()
     store(core, ns, TOKENS, 100, checkpoints=(80,))  # the blocks are there, a state is new
     assert lengths(core, ns) == [48, 80, 100]
     check_get(core, ns, TOKENS, 80)

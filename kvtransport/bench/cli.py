@@ -8,30 +8,11 @@ from typing import Annotated
 import typer
 
 from ..errors import IntegrityError, KVError
+from . import commands_network as _network  # noqa: F401  registers its commands
 from . import loopback as loopback_command
 from . import models as models_command
+from .app import JsonOption, app
 from .output import console, write_json
-
-app = typer.Typer(
-    name="kvbench",
-    help="Benchmarks of kvtransport: what there is to move, and how fast it moves.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
-
-JsonOption = Annotated[
-    str | None,
-    typer.Option("--json", metavar="PATH", help="Write one JSON object to PATH; '-' is standard output."),
-]
-"""``--json`` of every subcommand; see :mod:`kvtransport.bench.output`."""
-
-
-@app.callback()
-def _root() -> None:
-    # With a callback Typer keeps subcommands even while there is only one.
-    pass
 
 
 @app.command(

@@ -64,6 +64,12 @@ class Process:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
+    def take(self, event: str) -> list[Reply]:
+        """Every ``event`` that has come and was not waited for, in order."""
+        found = [reply for reply in self.inbox if reply["event"] == event]
+        self.inbox = [reply for reply in self.inbox if reply["event"] != event]
+        return found
+
     def died(self) -> RemoteError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_S)

@@ -1,39 +1,26 @@
-"""One end of ``kvbench loopback``: a process that does what one JSON object per line on its standard input says.
+"""One end of ``kvbench loopback``: a process that does what :mod:`.worker` hears on its standard input.
 
-Run as ``python -m kvtransport.bench.loopback_worker``. The first line is the configuration; the process ends
-when its input does, so nothing is left when whoever started it dies, however it dies.
+Run as ``python -m kvtransport.bench.loopback_worker``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
-import resource
-import signal
-import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from .. import presets
 from ..endpoint import Endpoint, EndpointConfig
-from ..errors import KVError
-from ..io.tcp import TcpOptions, TcpStream
+from ..io.tcp import TcpOptions
 from ..link import Link
 from ..manifest import Manifest
 from ..receiver import Expectation
+from .connections import congestion_of_link
 from .loopback_memory import CacheMemory, copies, page_sizes
+from .worker import Reply, Say, cpu_seconds, main
 
 PROGRESS_S = 0.1
-Reply = dict[str, Any]
-
-
-def cpu_seconds() -> float:
-    """User and system time of this process, all its threads."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 class Worker:
@@ -61,11 +48,11 @@ class Worker:
 class ReceiverEnd(Worker):
     """The consumer: expects a transfer, says how far it is, verifies what arrived."""
 
-    async def start(self, say: Callable[[Reply], None]) -> None:
+    async def start(self, say: Say) -> None:
         host, port = await self.endpoint.listen()
         say({"event": "started", "host": host, "port": port, "copies": self.count})
 
-    async def round(self, command: Reply, say: Callable[[Reply], None]) -> None:
+    async def round(self, command: Reply, say: Say) -> None:
         copy = command["round"] % self.count
         self.memory.blank(copy)
         receiver = self.endpoint.expect(
@@ -97,7 +84,7 @@ class ReceiverEnd(Worker):
             }
         )
 
-    async def _tell(self, moved: Callable[[], int], say: Callable[[Reply], None]) -> None:
+    async def _tell(self, moved: Callable[[], int], say: Say) -> None:
         while True:
             await asyncio.sleep(PROGRESS_S)
             say({"event": "progress", "bytes": moved()})
@@ -108,19 +95,15 @@ class SenderEnd(Worker):
 
     link: Link
 
-    async def start(self, say: Callable[[Reply], None]) -> None:
+    async def start(self, say: Say) -> None:
         self.memory.fill_random()
         self._digests = [self.memory.digests(copy) for copy in range(self.count)]
         self.link = await self.endpoint.connect(
             self.config["host"], self.config["port"], connections=self.config["connections"]
         )
-        say({"event": "started", "congestion": self._congestion()})
+        say({"event": "started", "congestion": congestion_of_link(self.link)})
 
-    def _congestion(self) -> str:
-        streams = (c.stream for c in self.link.connections)
-        return "+".join(sorted({s.congestion() for s in streams if isinstance(s, TcpStream)}))
-
-    async def round(self, command: Reply, say: Callable[[Reply], None]) -> None:
+    async def round(self, command: Reply, say: Say) -> None:
         copy = command["round"] % self.count
         manifest = self.manifest(bytes.fromhex(command["transfer"]))
         cpu, started = cpu_seconds(), time.perf_counter()
@@ -142,77 +125,5 @@ class SenderEnd(Worker):
         )
 
 
-async def _lines() -> AsyncGenerator[Reply, None]:
-    reader = asyncio.StreamReader()
-    protocol = asyncio.StreamReaderProtocol(reader)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
-    try:
-        while line := await reader.readline():
-            yield json.loads(line)
-    finally:
-        transport.close()
-
-
-async def serve(out: Callable[[Reply], None]) -> None:
-    """Follow the commands of standard input to its end; an error of ours is said and ends the process."""
-    async with contextlib.aclosing(_lines()) as lines:
-        config = await anext(lines, None)
-        if config is None:
-            return
-        worker: ReceiverEnd | SenderEnd | None = None
-        # Watched from the start: whoever started this process may die while it works.
-        commands: asyncio.Queue[Reply | None] = asyncio.Queue()
-
-        async def read() -> None:
-            async for command in lines:
-                commands.put_nowait(command)
-            commands.put_nowait(None)
-
-        async def work() -> None:
-            nonlocal worker
-            worker = ReceiverEnd(config) if config["role"] == "receiver" else SenderEnd(config)
-            await worker.start(out)
-            while (command := await commands.get()) is not None:
-                await worker.round(command, out)
-
-        reading, working = asyncio.ensure_future(read()), asyncio.ensure_future(work())
-        try:
-            await asyncio.wait((reading, working), return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                working.result()
-        except KVError as error:
-            out({"event": "error", "error": error.as_dict()})
-        finally:
-            for task in (reading, working):
-                task.cancel()
-            await asyncio.wait((reading, working))
-            if worker is not None:
-                await worker.close()
-
-
-def main() -> None:
-    # Ctrl-C reaches the whole process group; the one who started us decides, and its end of our input tells us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Nothing else may write between our lines.
-    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)
-
-    def say(reply: Reply) -> None:
-        # A broken pipe: nobody is there to hear it, and the end of our input ends us.
-        with contextlib.suppress(BrokenPipeError):
-            pipe.write(json.dumps(reply) + "\n")
-
-    _run(serve(say))
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(work)
-    else:
-        uvloop.run(work)
-
-
 if __name__ == "__main__":
-    main()
+    main(lambda config: ReceiverEnd(config) if config["role"] == "receiver" else SenderEnd(config))

@@ -20,6 +20,7 @@ from enum import StrEnum
 
 from kvtransport.errors import ConfigError
 
+from .decode import DecodeForecast
 from .ledger import PoolLedger
 from .profiles import Profile
 from .telemetry import LinkMonitor, LinkSample, MonitorConfig
@@ -67,7 +68,8 @@ class Decision:
     """Where to prefill, what that takes, and why.
 
     ``uncached`` tokens are computed; ``pull_bytes`` of prefix come from the other cluster first; ``transfer_bytes``
-    of KVCache go to the decode side afterwards. ``ttft_s`` is the predicted wait plus prefill plus transfer tail.
+    of KVCache go to the decode side afterwards. ``ttft_s`` is the predicted wait plus prefill plus transfer tail plus
+    the wait for a place in decode.
     For ``Path.SHED``, ``retry_after_s`` says when to ask again.
     """
 
@@ -103,9 +105,9 @@ class Decision:
 class RouterConfig:
     """Limits of the router.
 
-    ``max_ttft_s``: a path predicted slower than this, decode's queue included, takes no request. ``max_link_backlog_s``: the link takes
-    none when it is this far behind, until half of it is gone. ``max_decode_wait_s``: nothing is admitted when decode
-    is this far behind. ``override_s`` and ``override``: the path that the threshold names is left for the
+    ``max_ttft_s``: a path predicted slower than this, decode's queue included, takes no request. ``max_link_backlog_s``:
+    the link takes none when it is this far behind, until half of it is gone. ``max_decode_wait_s``: nothing is admitted
+    that would wait longer than this for a place in decode. ``override_s`` and ``override``: the path that the threshold names is left for the
     other one when that is faster by at least ``override_s`` plus ``override`` times the extra instance-seconds it
     costs. ``pull_margin``: a pull must save this times the seconds it takes. ``adaptive`` False keeps t where it is.
     """
@@ -135,7 +137,8 @@ class RouterConfig:
 class Router:
     """Decides for every request; told about the link, the pools and decode between decisions.
 
-    ``prfaas`` must have KVCache sizes. ``egress`` is the link's nominal bytes per second, ``threshold`` the initial t.
+    ``prfaas`` must have KVCache sizes. ``egress`` is the link's nominal bytes per second, ``threshold`` the initial t,
+    ``decode_s`` the seconds a request is expected to stay in decode until that has been measured.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class Router:
         n_prfaas: int,
         egress: float,
         threshold: float,
+        decode_s: float = 25.0,
     ) -> None:
         if not threshold >= 0:
             raise ConfigError(f"router: the initial threshold must be >= 0 tokens, got {threshold}")
@@ -165,7 +169,7 @@ class Router:
         self._link_bytes = 0.0
         self._link_free = 0.0  # when the link will have sent all that has been routed over it
         self._link_closed = False
-        self._decode_wait = 0.0
+        self._decode = DecodeForecast(decode_s)
         self._rate: tuple[float, float] | None = None
 
     # -- what happens around ---------------------------------------------------------------------------
@@ -205,9 +209,9 @@ class Router:
         if self.config.adaptive:
             self.controller.solve(now, self.resources)
 
-    def on_decode(self, wait_s: float) -> None:
-        """Decode reports how long a request that is ready now waits for a place in a batch."""
-        self._decode_wait = wait_s
+    def on_decode(self, now: float, *, present: int, places: int, finished: int) -> None:
+        """Decode reports the requests it holds (queued ones included), its places, and how many it has finished in all."""
+        self._decode.report(now, present=present, places=places, finished=finished)
 
     def link_backlog_s(self, now: float) -> float:
         """Seconds until the link would have sent what waited at its last reading."""
@@ -242,11 +246,12 @@ class Router:
             reasons.append(Reason.LONG if wants_prfaas else Reason.SHORT)
         closed_local = self._closed_local(local, reasons)
         closed_prfaas = self._closed_prfaas(now, prfaas, reasons)
-        if self._decode_wait > config.max_decode_wait_s:
+        full = [self._decode.latest_wait(now + c.ready_s) > config.max_decode_wait_s for c in (local, prfaas)]
+        if any(full):
             reasons.append(Reason.DECODE_FULL)
-            closed_local = closed_prfaas = True
+            closed_local, closed_prfaas = closed_local or full[0], closed_prfaas or full[1]
         if closed_local and closed_prfaas:
-            return self._shed(local, prfaas, compared, threshold, reasons)
+            return self._shed(now, local, prfaas, compared, threshold, reasons)
         if config.adaptive:
             # Only what is served: shed requests put no load on anything.
             self.controller.window.add(now, compared, local.prefill_s, prfaas.prefill_s, prfaas.link_bytes)
@@ -316,13 +321,15 @@ class Router:
         seconds_remote = prfaas_s(remote_uncached)
         # Layer-wise: the transfer runs beside the prefill, after those that began before it.
         sent = max(link_free - now, remote_wait) + transfer / capacity if capacity > 0 else math.inf
-        remote_ttft = max(remote_wait + seconds_remote, sent)
+        local_ready, remote_ready = local_wait + seconds_local, max(remote_wait + seconds_remote, sent)
+        local_decode, remote_decode = self._decode.wait(now + local_ready), self._decode.wait(now + remote_ready)
         local = _Candidate(
             Path.LOCAL,
             local_uncached,
             seconds_local,
             local_wait,
-            local_wait + seconds_local,
+            local_ready,
+            local_decode,
             local_pull,
             0.0,
             local_pull,
@@ -332,7 +339,8 @@ class Router:
             remote_uncached,
             seconds_remote,
             remote_wait,
-            remote_ttft,
+            remote_ready,
+            remote_decode,
             remote_pull,
             transfer,
             transfer,
@@ -343,7 +351,7 @@ class Router:
         if self.config.prfaas_only or self.local.instances == 0:
             reasons.append(Reason.NO_LOCAL)
             return True
-        if local.ttft_s + self._decode_wait > self.config.max_ttft_s:
+        if local.ttft_s > self.config.max_ttft_s:
             reasons.append(Reason.LOCAL_FULL)
             return True
         return False
@@ -357,17 +365,24 @@ class Router:
         if self._link_closed:
             reasons.append(Reason.LINK_FULL)
             return True
-        if prfaas.ttft_s + self._decode_wait > self.config.max_ttft_s:
+        if prfaas.ttft_s > self.config.max_ttft_s:
             reasons.append(Reason.PRFAAS_FULL)
             return True
         return False
 
     def _shed(
-        self, local: _Candidate, prfaas: _Candidate, compared: float, threshold: float, reasons: list[Reason]
+        self,
+        now: float,
+        local: _Candidate,
+        prfaas: _Candidate,
+        compared: float,
+        threshold: float,
+        reasons: list[Reason],
     ) -> Decision:
         limit = self.config.max_ttft_s
         over = [c.ttft_s - limit for c in (local, prfaas) if math.isfinite(c.ttft_s)]
-        retry = max(min(over, default=limit), self._decode_wait - self.config.max_decode_wait_s, 0.1)
+        behind = self._decode.latest_wait(now) - self.config.max_decode_wait_s
+        retry = max(min(over, default=limit), behind if math.isfinite(behind) else limit, 0.1)
         return Decision(
             Path.SHED,
             compared,
@@ -401,6 +416,7 @@ class Router:
         else:
             self.prfaas.assign(now, chosen.prefill_s)
             note = notes[1]
+        self._decode.expect(now + chosen.ready_s)
         if note is not None:
             reasons.append(note)
         if chosen.link_bytes and self._capacity > 0:
@@ -430,10 +446,15 @@ class _Candidate:
     uncached: float
     prefill_s: float
     wait_s: float
-    ttft_s: float
+    ready_s: float
+    decode_s: float
     pull_bytes: float
     transfer_bytes: float
     link_bytes: float
+
+    @property
+    def ttft_s(self) -> float:
+        return self.ready_s + self.decode_s
 
 
 def static_router_config(base: RouterConfig | None = None) -> RouterConfig:

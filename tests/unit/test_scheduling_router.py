@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kvpool.scheduling.config import load_case
+from kvpool.scheduling.decode import DecodeForecast
 from kvpool.scheduling.ledger import PoolLedger
 from kvpool.scheduling.model import Means
 from kvpool.scheduling.planner import plan_split
@@ -293,6 +294,59 @@ def test_the_ledger_replays_first_come_first_served():
     assert pool.wait(1.0) == math.inf
 
 
+def test_what_waits_is_shared_out_again_when_a_pool_changes():
+    pool = PoolLedger(3)
+    for seconds in (4.0, 5.0, 6.0, 10.0, 10.0):  # three run, two wait
+        pool.assign(0.0, seconds)
+    pool.resize(1.0, 1)  # those that end at 4 and 5 leave then; both that wait follow the one that ends at 6
+    assert pool.wait(1.0) == pytest.approx(25.0)
+    assert pool.backlog(1.0) == pytest.approx(25.0)
+    pool.resize(1.0, 3)  # the two new ones take what waits at once, and are done before the next one could begin
+    assert pool.wait(1.0) == pytest.approx(5.0)
+    pool.correct(2.0, 6.0)
+    assert pool.wait(2.0) == pytest.approx(6.0)
+
+
+# -- decode forecast ------------------------------------------------------------------------------------
+
+
+def test_decode_is_forecast_from_what_is_still_being_prefilled():
+    decode = DecodeForecast(10.0)
+    assert decode.wait(0.0) == 0.0
+    decode.report(0.0, present=0, places=2, finished=0)
+    for ready in (1.0, 2.0, 3.0):
+        decode.expect(ready)
+    # 1-11 and 2-12 fill both places, the one of 3 waits until 11; one of 4 would wait until 12, one of 1.5 has a place.
+    assert decode.wait(4.0) == pytest.approx(8.0)
+    assert decode.wait(1.5) == 0.0
+    assert decode.wait(30.0) == 0.0
+
+
+def test_a_report_corrects_the_forecast():
+    decode = DecodeForecast(10.0)
+    decode.report(0.0, present=0, places=2, finished=0)
+    decode.expect(1.0)
+    decode.report(5.0, present=4, places=2, finished=0)  # three more than was known: two of them queue
+    assert decode.wait(5.0) > 5.0
+    decode.report(5.0, present=0, places=2, finished=0)
+    assert decode.wait(5.0) == 0.0
+    decode.report(5.0, present=0, places=0, finished=0)
+    assert decode.wait(5.0) == math.inf
+    decode.expect(6.0)
+    decode.report(7.0, present=1, places=2, finished=0)
+    assert decode.wait(7.0) == 0.0
+
+
+def test_the_stay_in_decode_is_measured():
+    decode = DecodeForecast(10.0)
+    for second in range(300):  # a full house of 100 that ends 5 a second stays 20 s
+        decode.report(float(second), present=100, places=100, finished=5 * second)
+    assert decode.hold_s == pytest.approx(20.0, rel=0.02)
+    for make in (lambda: DecodeForecast(0.0), lambda: decode.report(0.0, present=-1, places=1, finished=0)):
+        with pytest.raises(ConfigError):
+            make()
+
+
 # -- router: the paper's rules ------------------------------------------------------------------------
 
 
@@ -382,12 +436,23 @@ def test_requests_are_shed_when_every_path_is_full_and_told_when_to_come_back():
 
 def test_a_full_decode_stage_sheds():
     router = make_router()
-    router.on_decode(6.0)
+    router.on_decode(0.0, present=140, places=100, finished=0)  # 40 of them queued: 10 s
     found = router.route(0.0, Request(1000))
     assert found.path is Path.SHED
     assert Reason.DECODE_FULL in found.reasons
-    router.on_decode(0.0)
+    assert found.retry_after_s > 1
+    router.on_decode(0.0, present=90, places=100, finished=0)
     assert router.route(0.0, Request(1000)).path is Path.LOCAL
+
+
+def test_a_burst_in_prefill_sheds_before_it_reaches_decode():
+    router = make_router(n_p=50, n_prfaas=50)
+    router.on_decode(0.0, present=0, places=100, finished=0)
+    decisions = [router.route(0.0, Request(10_000)) for _ in range(150)]
+    taken = [d for d in decisions if d.path is not Path.SHED]
+    assert len(taken) == 100  # a hundred fit into decode together, the next would wait for a whole stay
+    assert Reason.DECODE_FULL in decisions[-1].reasons
+    assert decisions[-1].retry_after_s > 1
 
 
 def test_a_link_far_behind_closes_the_path_until_half_is_gone():

@@ -129,6 +129,7 @@ class Simulation:
             n_prfaas=n_prfaas,
             egress=world.egress,
             threshold=setup.threshold,
+            decode_s=world.step * world.output_tokens,
         )
         self.rebalancer = Rebalancer(setup.rebalancer) if setup.rebalancer else None
         self.local, self.remote = PrefillPool(setup.n_p), PrefillPool(n_prfaas)
@@ -360,7 +361,12 @@ class Simulation:
         output = self.recorder.mean_output(world.output_tokens)
         per_place = world.step * output / (world.batch_max * max(serving, 1))
         decode_wait = len(self.decode_queue) * per_place
-        router.on_decode(decode_wait)
+        router.on_decode(
+            now,
+            present=len(self.decode_queue) + sum(len(d.batch) for d in self.decoders if not d.draining),
+            places=world.batch_max * serving,
+            finished=self.recorder.finished_count,
+        )
         self.recorder.tick(
             now,
             router.threshold,

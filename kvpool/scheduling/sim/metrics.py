@@ -67,7 +67,7 @@ class Recorder:
         self._thin = 1
         self._ticks = 0
         self._outputs = 0.0
-        self._finished = 0
+        self.finished_count = 0
         self.first = 0
         self.requests: Requests | None = None
         self.threshold = 0.0
@@ -88,12 +88,12 @@ class Recorder:
 
     def mean_output(self, default: float) -> float:
         """Mean output tokens of what has finished lately; ``default`` at first."""
-        return self._outputs if self._finished >= 256 else default
+        return self._outputs if self.finished_count >= 256 else default
 
     def observed_output(self, tokens: float) -> None:
         # A plain mean first, forgetting slowly later: the first to finish are the short ones.
-        self._finished += 1
-        self._outputs += (tokens - self._outputs) / min(self._finished, 2048)
+        self.finished_count += 1
+        self._outputs += (tokens - self._outputs) / min(self.finished_count, 512)
 
     def tick(self, *row: float) -> None:
         if self._ticks % self._thin == 0:

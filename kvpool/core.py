@@ -20,9 +20,9 @@ from .errors import KeyChainError, LeaseError, MissError, NamespaceError, PoolLi
 from .eviction import DEFAULT_POLICY, Eviction, GhostList, make_policy
 from .flat import FlatGet, FlatPut, FlatShelf
 from .get import Get
-from .index import Nodes, Selection, Tree
+from .index import Nodes, Selection, Tree, Watcher
 from .keys import KeyChain, Namespace, check_flat_key, check_tenant
-from .match import Explanation, Ghost, Match, Reason, explain, match
+from .match import Explanation, Ghost, Match, Reason, View, explain, match
 from .memory import Memory
 from .placement import Blocks, Geometry, Held, page_lists, plan_put
 from .planning import follow, held_at
@@ -67,6 +67,8 @@ class PoolCore:
         self.clock = clock
         self.on_request: Callable[[str, bytes], None] | None = None
         """Called with (tenant, request) when a put with that request begins."""
+        self.watcher: Watcher | None = None
+        """Told of every change in trees made after it was set."""
         self._eviction = Eviction(make_policy(policy), arena.total_pages)
         self.memory = Memory(arena, self._eviction, tenant_quota_bytes, prefix_floor_bytes)
         self._ghosts = GhostList()
@@ -99,6 +101,7 @@ class PoolCore:
                 geometry,
                 self.arena,
             )
+            tree.watcher = self.watcher
             room = self._rooms[ns.id] = Room(tree, geometry)
         return room.tree.ns
 
@@ -119,6 +122,11 @@ class PoolCore:
         else:
             self._misses[self._miss_reason(tree, chain, path)] += 1
         return found
+
+    def view(self, ns: Namespace, chain: KeyChain) -> View:
+        """What is resident of ``chain``, as the rules of :mod:`kvpool.match` take it; touches nothing."""
+        tree = self._room(ns, chain).tree
+        return tree.view(chain, tree.find(chain.blocks))
 
     def explain(self, ns: Namespace, chain: KeyChain, limit: int | None = None) -> Explanation:
         """Why :meth:`match` is as long as it is; touches nothing."""

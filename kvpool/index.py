@@ -15,6 +15,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,14 @@ Selection = list[tuple[int, Nodes]]
 ROOT = -1
 _NO_NODES: Nodes = np.empty(0, dtype=np.int32)
 _FIRST_ROWS = 64
+
+
+class Watcher(Protocol):
+    """Who is told what becomes resident and what goes; called from inside the change, must not change the tree."""
+
+    def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None: ...
+
+    def removed(self, tree: Tree, unit: int, node: int) -> None: ...
 
 
 class Tree:
@@ -85,6 +94,8 @@ class Tree:
         self._page_bytes = arena.page_bytes
         self._group_bytes = geometry.group_bytes
         self._ends = [u for u in range(len(self.units)) if u != self.full]
+        self.watcher: Watcher | None = None
+        """Told of every change of what is resident."""
         self._table = new_table()
         self._slabs = [self._store(group) for group in range(len(self.rules))]
         self._tails: dict[int, dict[int, int]] = {}  # parent -> position -> tails there
@@ -128,6 +139,10 @@ class Tree:
         """Bytes of memory that the index takes, room for nodes to come included (which takes none until they do)."""
         columns = sum(c.rows.nbytes for c in self._columns.values())
         return self._table.nbytes + columns + sum(s.nbytes for s in self._slabs)
+
+    def place_of(self, node: int) -> tuple[int, int]:
+        """(parent, position in tokens at the end of what the node holds); ROOT is the parent of first blocks."""
+        return int(self._parent[node]), int(self._position[node])
 
     # -- finding ---------------------------------------------------------------------------------
 
@@ -372,6 +387,8 @@ class Tree:
             for node in fresh.tolist():
                 self._ghosts.drop(self.number, unit, self._table.key(node))
         self._offer(unit, fresh)
+        if self.watcher is not None:
+            self.watcher.stored(self, unit, fresh)
         return spare
 
     def _saved(self, unit: int, nodes: Nodes, path: Nodes) -> Floats:
@@ -489,6 +506,8 @@ class Tree:
             self._resident[u, node] = self._queued[u, node] = False
             self._generation[u, node] += 1
             self._ghosts.add(self.number, u, key, ghost)
+            if self.watcher is not None:
+                self.watcher.removed(self, u, node)
         self._free(slabs)
         if not whole:
             self._check_orphan(node)

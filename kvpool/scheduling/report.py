@@ -235,7 +235,9 @@ def print_comparison(console: Console, case: Case, comparison: Comparison) -> No
     """The three-column table as sections, published figures beside planned ones."""
     marks = labels(case, comparison)
     table = Table(title=case.title or "plan", title_justify="left")
-    for name in ("figure", "published", "plan", "deviation", "label"):
+    names = ["figure", "published", "plan", "deviation", "label"]
+    shown = [i for i, name in enumerate(names) if case.published or name not in ("published", "deviation")]
+    for name in (names[i] for i in shown):
         table.add_column(name, justify="left" if name in ("figure", "label") else "right")
     for column in (*COLUMNS, "ratios"):
         rows = comparison.figures.get(column)
@@ -251,7 +253,8 @@ def print_comparison(console: Console, case: Case, comparison: Comparison) -> No
                 gap = "-" if value is None or known is None else f"{100 * (value - known):+.1f} points"
             else:
                 gap = "-" if off is None else f"{off:+.1%}"
-            table.add_row(ROWS[key], show(key, known), show(key, value), gap, str(marks[column].get(key, "-")))
+            cells = [ROWS[key], show(key, known), show(key, value), gap, str(marks[column].get(key, "-"))]
+            table.add_row(*(cells[i] for i in shown))
     console.print(table)
     console.print("limits: " + ", ".join(f"{b}" for b in comparison.plan.best.binds))
     for note in comparison.plan.notes:

@@ -94,8 +94,9 @@ lint: $(TEST_STAMP) ## ruff
 types: $(TEST_STAMP) ## mypy, strict
 	$(TEST_VENV)/bin/mypy
 
-test-native: $(TEST_STAMP) ## The extension under AddressSanitizer
+test-native: $(TEST_STAMP) ## The extension under AddressSanitizer, its I/O engine under ThreadSanitizer
 	VENV="$(abspath $(TEST_VENV))" bash native/test-asan.sh
+	VENV="$(abspath $(TEST_VENV))" bash native/test-tsan.sh
 
 fuzz: $(TEST_STAMP) ## Fuzz the wire protocol (FUZZ_SECONDS=60)
 	$(TEST_VENV)/bin/python tests/fuzz/fuzz_wire.py --seconds $(FUZZ_SECONDS)

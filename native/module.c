@@ -1,5 +1,5 @@
 /* kvtransport._native: byte loops without the GIL, and memory to move them through. Its twin is kvtransport/_pure.py. */
-#include "kvnative.h"
+#include "engine.h"
 
 static PyMethodDef functions[] = {
     {"send_pages", KV_METHOD(kv_send_pages), METH_VARARGS | METH_KEYWORDS, kv_send_pages_doc},
@@ -20,7 +20,8 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = PyModule_Create(&definition);
     if (!module) return NULL;
-    if (kv_add_arena_types(module) == 0 && kv_add_hasher_type(module) == 0) return module;
+    if (kv_add_arena_types(module) == 0 && kv_add_hasher_type(module) == 0 && kv_add_engine_types(module) == 0)
+        return module;
     Py_DECREF(module);
     return NULL;
 }

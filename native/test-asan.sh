@@ -11,11 +11,11 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM
 
 # A copy of what the tests need, so that the instrumented extension never lies in the working tree.
-mkdir -p "$work/tests/unit" "$work/kvtransport" "$work/logs"
-cp "$root"/kvtransport/*.py "$work/kvtransport/"
+mkdir -p "$work/tests/unit" "$work/logs"
+tar -C "$root" --exclude='*.so' --exclude=__pycache__ -cf - kvtransport | tar -C "$work" -xf -
 cp "$root/pyproject.toml" "$work/"
 touch "$work/tests/__init__.py"
-for test in test_native test_native_arena test_buffers; do cp "$root/tests/unit/$test.py" "$work/tests/unit/"; done
+for test in test_native test_native_arena test_native_engine test_buffers; do cp "$root/tests/unit/$test.py" "$work/tests/unit/"; done
 
 sanitize="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 (

@@ -268,7 +268,7 @@ def test_nothing_is_sent_before_accept_or_beyond_credit(engine, group):
 
 def test_priorities_and_turns(engine, group):
     names = [bytes([i]) * 16 for i in range(1, 4)]
-    outs = [outgoing(group, transfer=n, priority=p, chunk=1000, tag=i) for i, (n, p) in enumerate(zip(names, (0, 0, 5)))]
+    outs = [outgoing(group, transfer=n, priority=p, chunk=1000) for n, p in zip(names, (0, 0, 5), strict=True)]
     for out in outs:
         out.add(0, 0, 0, bytes(3000), None)
     end = End(engine, group)

@@ -91,11 +91,14 @@ class Baseline:
     def pids(self) -> tuple[int, ...]:
         return self._crew.pids
 
-    def round(self, call: int, *, hashing: bool = False) -> BaselineRound:
-        """Move the bytes once, ``call`` of them per receive; ``hashing``: xxh3_64 of every MiB at both ends."""
+    def round(self, call: int, *, hashing: bool = False, send_call: int = CALLS[0]) -> BaselineRound:
+        """Move the bytes once, ``call`` of them per receive and ``send_call`` per send.
+
+        ``hashing``: xxh3_64 of every MiB at both ends.
+        """
         self._receiver.say(f"move {call} {int(hashing)}")
         self._crew.wait(self._receiver, "expecting", ROUND_S)
-        self._sender.say(f"move {CALLS[0]} {int(hashing)}")
+        self._sender.say(f"move {send_call} {int(hashing)}")
         sent = self._crew.wait(self._sender, "done", ROUND_S)
         received = self._crew.wait(self._receiver, "done", ROUND_S)
         gb = self.nbytes / GB

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import peers as peers_command
 from . import plots
 from . import wan as wan_command
 from .app import JsonOption, PlotOption, app, integers, numbers
@@ -62,3 +63,41 @@ def wan(
     body = wan_command.run(wan_command.quick(options) if quick else options, console(json_to), keep)
     write_json(json_to, {"command": "wan", **body})
     plots.save(plot, {"command": "wan", **body})
+
+
+@app.command(
+    "peers",
+    epilog="Examples:  [bold]kvbench peers --json peers.json[/]   |   [bold]kvbench peers --only mooncake,zeromq --congestion bbr[/]   |   "
+    "[bold]kvbench peers --rounds 3 --plot peers.svg[/]",
+)
+def peers(
+    only: Annotated[str | None, typer.Option(help="Some of the peers, separated by commas.")] = None,
+    congestion: Annotated[str, typer.Option(help="One run under each of these, for everyone in it.")] = "cubic,bbr",
+    rounds: Annotated[int, typer.Option(help="Rounds through all peers.")] = 7,
+    pings: Annotated[int, typer.Option(help="Round trips of 4 KiB a round.")] = 1_000,
+    blocks: Annotated[str, typer.Option(help="Bytes of a block.")] = "65536,1048576,4194304",
+    connections: Annotated[int | None, typer.Option(help="Of our link; default: what it chooses.")] = None,
+    move_bytes: Annotated[int, typer.Option(help="Bytes of one move; each end keeps twice as many.")] = 256 << 20,
+    json_to: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Ours, a C loop, Mooncake, NIXL, gloo, ZeroMQ, aiohttp, gRPC and memcached's latency, in turns over loopback.
+
+    Everyone moves blocks of host memory between two processes under one congestion control. Peers are installed into
+    environments of their own when first needed; one that cannot be is named. A peer that falls below 0.85 of its own
+    documented ratio to the C loop was not measured fairly, and its figures are void.
+    """
+    options = peers_command.PeersOptions(
+        peers=tuple(n.strip() for n in only.split(",")) if only is not None else peers_command.PeersOptions().peers,
+        congestion=tuple(name.strip() for name in congestion.split(",") if name.strip()),
+        blocks=integers(blocks, "--blocks"),
+        rounds=rounds,
+        pings=pings,
+        connections=connections,
+        move_bytes=move_bytes,
+        region_bytes=2 * move_bytes,
+    )
+    plots.check(plot)
+    body = {"command": "peers", **peers_command.run(options, console(json_to))}
+    write_json(json_to, body)
+    plots.save(plot, body)

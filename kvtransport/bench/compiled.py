@@ -18,7 +18,7 @@ from ..errors import ConfigError
 
 SOURCES = resources.files(__package__) / "csrc"
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-Wall", "-Wextra", "-pthread")
-LIBRARIES = ("-lm",)
+LIBRARIES = ("-lm", "-ldl")
 
 
 def cache_directory() -> Path:
@@ -27,8 +27,8 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "kvtransport"
 
 
-def program(name: str, *, headers: tuple[str, ...] = ()) -> Path:
-    """The executable of ``csrc/NAME.c``, compiled if need be.
+def program(name: str, *, headers: tuple[str, ...] = (), shared: bool = False) -> Path:
+    """The executable (``shared``: the library) of ``csrc/NAME.c``, compiled if need be.
 
     Raises ConfigError when there is no compiler, or when it fails (with its words).
     """
@@ -37,11 +37,12 @@ def program(name: str, *, headers: tuple[str, ...] = ()) -> Path:
         raise ConfigError(
             f"{name} is compiled when it is first used and there is no C compiler; install one: apt-get install gcc libc6-dev"
         )
+    flags = (*FLAGS, "-shared", "-fPIC") if shared else FLAGS
     sources = {f: (SOURCES / f).read_bytes() for f in (f"{name}.c", *headers)}
     key = hashlib.sha256()
     for file, text in sources.items():
         key.update(file.encode() + b"\0" + text)
-    key.update(repr((FLAGS, LIBRARIES, _version(compiler), _processor())).encode())
+    key.update(repr((flags, LIBRARIES, _version(compiler), _processor())).encode())
     kept = cache_directory() / f"{name}-{key.hexdigest()[:16]}"
     if kept.exists():
         return kept
@@ -51,7 +52,7 @@ def program(name: str, *, headers: tuple[str, ...] = ()) -> Path:
             for file, text in sources.items():
                 (Path(work) / file).write_bytes(text)
             made = Path(work) / name
-            command = [compiler, *FLAGS, str(Path(work) / f"{name}.c"), "-o", str(made), *LIBRARIES]
+            command = [compiler, *flags, str(Path(work) / f"{name}.c"), "-o", str(made), *LIBRARIES]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise ConfigError(f"{compiler} could not compile {name}.c: {done.stderr.strip()[-800:]}")

@@ -102,7 +102,7 @@ def wan(body: Body) -> Any:
         axis.set_xticks(range(len(there)), [n for n, _ in there])
         axis.set_ylabel("Gbps")
         axis.set_title("steady" if kind == "steady" else "the first 256 MiB of a fresh link")
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(loc="lower center", fontsize=7, framealpha=0.9)
     for axis in axes[0][2:]:
         axis.axis("off")
     for axis, change in zip(axes[1] if changes else [], changes, strict=False):

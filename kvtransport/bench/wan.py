@@ -267,6 +267,7 @@ def _changes(options: WanOptions, known: dict[Conditions, float], steps: Steps) 
                     "recovery_s": recovery(run.samples, changed, reference),
                     "reference_gbps": reference,
                     "own_steady_gbps": own,
+                    "after_3_s_ratio": goodput(run.samples, changed + 3.0) / reference if reference else 0.0,
                     "changed_at_s": changed - run.started_s,
                     "connections": run.connections,
                     "congestion": run.congestion,

@@ -6,8 +6,8 @@ from .conftest import Setup
 from .models import prompt
 from .report import Report, overlap
 
-# Around the block sizes (256, and 4096 for states), one token of cache alone, several prefill steps.
-LENGTHS = (2, 17, 255, 256, 257, 258, 400, 511, 513, 700, 900, 1024, 1300, 1537, 1800, 2049)
+# One token of cache alone, around the block size (256), several prefill steps. Short ones first: they share a step.
+LENGTHS = (2, 17, 33, 64, 100, 255, 256, 257, 258, 400, 511, 513, 900, 1300, 1537, 2049)
 
 
 def test_sixteen_requests_at_once_arrive_byte_for_byte(hybrid: Setup, report: Report) -> None:

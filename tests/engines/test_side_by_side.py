@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Setup
 from .models import prompt
 from .pair import KvTransportPair, NixlPair
 from .plot import LayerTrace, exposed_s, plot_layers
@@ -19,13 +18,13 @@ TOKENS = 2_049
 WARM_UP = 2
 
 
-def test_time_from_prefill_end_to_first_token(hybrid: Setup, models: Path, tmp_path: Path, report: Report) -> None:
+def test_time_from_prefill_end_to_first_token(models: Path, tmp_path: Path, report: Report) -> None:
     """Same hybrid model, same machine, one request at a time, taking turns; NIXL moves over UCX TCP on loopback.
 
     The pair is one of its own: hashing for debugging takes time.
     """
     gaps: dict[str, list[float]] = {"kvtransport": [], "nixl": []}
-    model = models / hybrid.name
+    model = models / "qwen3_next"
     with KvTransportPair(model, tmp_path / "ours", {"debug_hashes": False}) as ours, NixlPair(model, tmp_path) as nixl:
         ours.wait_ready()
         nixl.wait_ready()

@@ -149,11 +149,12 @@ class FlatShelf:
     def key(self, unit: int, node: int) -> bytes:
         return self._by_number[node].key
 
-    def evict(self, unit: int, node: int, why: str) -> None:
+    def evict(self, unit: int, node: int, why: str, *, below: float = 0.0, pages: int = 0) -> int:
         entry = self._by_number[node]
         entry.queued = False
         self.evictions += 1
         self.drop(entry.key)
+        return 1
 
     def _now(self) -> NDArray[np.int64]:
         return np.array([self._eviction.tick()], dtype=np.int64)

@@ -218,11 +218,12 @@ class Tree:
         """The slab of one group at one node, which may be an off-grid checkpoint. Raises KeyChainError."""
         if not self._resident[self.unit_of[group], node]:
             raise KeyChainError(f"group {self.rules[group].name!r} is not resident at node {node}")
-        return self._slabs_at(group, node)[0]
+        return self._slabs_at(group, np.array([node], dtype=np.int32))[0]
 
-    def _slabs_at(self, group: int, node: int) -> Slabs:
-        nbytes = self._slab_bytes(group, int(self._position[node]))
-        return self._slabs[group].get(np.array([node], dtype=np.int32), nbytes, self._arena.pages_for(nbytes))
+    def _slabs_at(self, group: int, nodes: Nodes) -> Slabs:
+        """The slabs of nodes that hold equally much: block boundaries, or one off-grid checkpoint."""
+        nbytes = self._slab_bytes(group, int(self._position[nodes[0]]))
+        return self._slabs[group].get(nodes, nbytes, self._arena.pages_for(nbytes))
 
     def _slab_bytes(self, group: int, position: int) -> int:
         """Bytes of what ends at ``position`` tokens: a state, a whole or a partial block."""
@@ -438,17 +439,8 @@ class Tree:
     def prune(self, node: int) -> None:
         """Forget ``node`` and its ancestors as far as they hold nothing and lead nowhere."""
         while node != ROOT and not self._children[node] and not self._resident[:, node].any():
-            parent, position = int(self._parent[node]), int(self._position[node])
-            self._table.remove(node)
-            if position % self.ns.block_tokens:
-                here = self._tails[parent]
-                here[position] -= 1
-                if not here[position]:
-                    del here[position]
-                if not here:
-                    del self._tails[parent]
-                    if parent != ROOT:
-                        self._with_tails[parent] = False
+            parent = int(self._parent[node])
+            self._forget(node)
             if parent != ROOT:
                 self._children[parent] -= 1
                 if not self._children[parent] and self.full is not None:
@@ -456,6 +448,21 @@ class Tree:
                     if not self._pins[self.full, parent]:
                         self._offer(self.full, np.array([parent], dtype=np.int32))
             node = parent
+
+    def _forget(self, node: int) -> None:
+        """The node's number is free for another key."""
+        self._table.remove(node)
+        position = int(self._position[node])
+        if position % self.ns.block_tokens:
+            parent = int(self._parent[node])
+            here = self._tails[parent]
+            here[position] -= 1
+            if not here[position]:
+                del here[position]
+            if not here:
+                del self._tails[parent]
+                if parent != ROOT:
+                    self._with_tails[parent] = False
 
     # -- evicting --------------------------------------------------------------------------------
 
@@ -487,33 +494,66 @@ class Tree:
         if self._resident[self.full, node] and not self._children[node] and not self._resident[self._ends, node].any():
             self._demote(self.full, node, FIRST)
 
-    def evict(self, unit: int, node: int, why: str) -> None:
-        """Free what :meth:`check` allowed, with what is of no use without it."""
+    def evict(self, unit: int, node: int, why: str, *, below: float = float("-inf"), pages: int = 0) -> int:
+        """Free what :meth:`check` allowed, with what is of no use without it; see :class:`kvpool.eviction.Shelf`."""
         whole = unit == self.full or self._position[node] % self.ns.block_tokens
-        ghost = Ghost(self._clock(), why, int(self._turn[node]))
-        key = self._table.key(node)
+        run = self._run(node, below, pages) if unit == self.full else [node]
+        nodes = np.array(run, dtype=np.int32)
+        keys = [self._table.key(n) for n in run]
+        turns = self._turn[nodes]
         slabs: list[Slabs] = []
-        lost = 0
-        for u in np.flatnonzero(self._resident[:, node]).tolist() if whole else [unit]:
+        lost = -int(self._queued[unit, node])  # whose place the order has given up already
+        for u in range(len(self.units)) if whole else [unit]:
+            there = self._resident[u, nodes]
+            held = nodes[there]
+            if not len(held):
+                continue
             for group in self.units[u]:
-                slabs.append(self._slabs_at(group, node))
-                self._slabs[group].drop(node)
-                self.group_slabs[group] -= 1
+                slabs.append(self._slabs_at(group, held))
+                self._slabs[group].drop(held)
+                self.group_slabs[group] -= len(held)
                 self.group_pages[group] -= slabs[-1].page_count
-            self._entries[u] -= 1
-            self.unpinned_pages -= int(self._pages[u, node])
-            lost += u != unit and bool(self._queued[u, node])
-            self._resident[u, node] = self._queued[u, node] = False
-            self._generation[u, node] += 1
-            self._ghosts.add(self.number, u, key, ghost)
-            if self.watcher is not None:
-                self.watcher.removed(self, u, node)
+            self._entries[u] -= len(held)
+            self.unpinned_pages -= int(self._pages[u, held].sum())
+            lost += int(self._queued[u, held].sum())
+            self._resident[u, held] = self._queued[u, held] = False
+            self._generation[u, held] += 1
+            gone = keys if len(held) == len(run) else [k for k, was in zip(keys, there.tolist(), strict=True) if was]
+            self._ghosts.add(self.number, u, gone, self._clock(), why, turns[there].tolist())
         self._free(slabs)
         if not whole:
             self._check_orphan(node)
-        self.prune(node)
+        for n in run[:-1]:
+            self._forget(n)
+        self._children[nodes[1:]] = 0
+        self.prune(run[-1])
         if lost:
             self._eviction.forget(self.tenant, lost)
+        return len(run)
+
+    def _run(self, node: int, below: float, pages: int) -> list[int]:
+        """The leaf ``node`` and what goes right after it: ancestors that only it keeps, that rank ``below``, for ``pages`` pages."""
+        run = [node]
+        full = self.full
+        assert full is not None
+        if self._position[node] % self.ns.block_tokens:
+            return run
+        freed = int(self._pages[:, node].sum(where=self._resident[:, node]))
+        highest = float("-inf")
+        while freed < pages and (node := int(self._parent[node])) != ROOT:
+            if self._children[node] != 1 or self._pins[full, node] or not self._resident[full, node]:
+                break
+            there = self._resident[:, node]
+            orphan = self._policy.orphans_first and self._ends and not there[self._ends].any()
+            rank = FIRST if orphan else float(self._rank[full, node])
+            if not rank < below or (not orphan and len(there) > 1 and there.sum() > 1):
+                break  # with a checkpoint: that has a rank of its own
+            highest = max(highest, rank)
+            freed += int(self._pages[full, node])
+            run.append(node)
+        if len(run) > 1:
+            self._policy.evicted(highest)
+        return run
 
     def clear(self, why: str = "cleared") -> int:
         """Evict all that is not pinned; returns how many entries went."""

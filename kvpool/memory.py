@@ -93,13 +93,14 @@ class Memory:
         # One entry may hold many pages: what the quota frees counts for the shortage too.
         target = self._used[tenant] - over
         while over > 0 and self._used[tenant] > target:
-            self._evict(tenant, "quota")
+            self._evict(tenant, "quota", self._used[tenant] - target)
         while arena.free_pages < pages:
-            self._evict(None, "capacity")
+            self._evict(None, "capacity", pages - arena.free_pages)
 
-    def _evict(self, tenant: str | None, why: str) -> None:
-        if not self._eviction.evict(tenant, why):
+    def _evict(self, tenant: str | None, why: str, pages: int) -> None:
+        count = self._eviction.evict(tenant, why, pages)
+        if not count:
             raise PoolFullError(
                 "nothing is left to evict although the pool counted on it: this is a defect, please report it"
             )
-        self.evictions[why] += 1
+        self.evictions[why] += count

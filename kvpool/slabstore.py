@@ -24,7 +24,7 @@ class SlabStore(Protocol):
     def get(self, nodes: Nodes, nbytes: int, pages: int) -> Slabs:
         """Slabs of ``nbytes`` bytes, ``pages`` pages each."""
 
-    def drop(self, node: int) -> None: ...
+    def drop(self, nodes: Nodes) -> None: ...
 
     @property
     def nbytes(self) -> int:
@@ -50,8 +50,8 @@ class EveryNode:
     def get(self, nodes: Nodes, nbytes: int, pages: int) -> Slabs:
         return Slabs(self._pages.rows[nodes, :pages], nbytes, self._owners.rows[nodes], self._kind)
 
-    def drop(self, node: int) -> None:
-        pass  # the row waits for the next
+    def drop(self, nodes: Nodes) -> None:
+        pass  # the rows wait for the next
 
     @property
     def nbytes(self) -> int:
@@ -86,8 +86,8 @@ class FewNodes:
         rows = np.array([self._row_of[n] for n in nodes.tolist()], dtype=np.int32)
         return self._store.get(rows, nbytes, pages)
 
-    def drop(self, node: int) -> None:
-        self._free.append(self._row_of.pop(node))
+    def drop(self, nodes: Nodes) -> None:
+        self._free.extend(self._row_of.pop(n) for n in nodes.tolist())
 
     @property
     def nbytes(self) -> int:

@@ -50,8 +50,12 @@ class Shelf(Protocol):
     def key(self, unit: int, node: int) -> bytes:
         """What the entry will be called when it comes again."""
 
-    def evict(self, unit: int, node: int, why: str) -> None:
-        """Free the entry."""
+    def evict(self, unit: int, node: int, why: str, *, below: float = float("-inf"), pages: int = 0) -> int:
+        """Free the entry; returns how many entries the policy lost its places of.
+
+        While fewer than ``pages`` pages came free it goes on with those that only the last one kept, as long as they rank
+        ``below`` whatever would go next: the same as evicting them one by one, without queueing them first.
+        """
 
 
 class Order(Protocol):

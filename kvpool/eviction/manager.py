@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Order, Policy, Shelf
+from collections.abc import Iterable
+
+from .base import Name, Order, Policy, Shelf
 
 
 class Eviction:
@@ -39,25 +41,26 @@ class Eviction:
         if order is not None:
             order.forget(count)
 
-    def evict(self, tenant: str | None, why: str) -> bool:
-        """Evict the entry of ``tenant`` (None: of all) that goes first; False when there is nothing to evict."""
+    def evict(self, tenant: str | None, why: str, pages: int = 0) -> int:
+        """Evict the entry of ``tenant`` (None: of all) that goes first; how many went, 0 when there is nothing to evict.
+
+        Those that only it kept, and that would go next, go with it while fewer than ``pages`` pages came free.
+        """
         if tenant is None:
             orders = list(self._orders.values())
         else:
             orders = [self._orders[tenant]] if tenant in self._orders else []
-        best: Order | None = None
-        lowest = None
-        for order in orders:
-            head = order.head()
-            if head is not None and (lowest is None or head < lowest):
-                best, lowest = order, head
+        best, lowest = _lowest(orders)
         if best is None or lowest is None:
-            return False
+            return 0
         rank, (number, unit, node, _) = lowest
         best.pop()
         self.policy.evicted(rank)
-        self._shelves[number].evict(unit, node, why)
-        return True
+        below = float("-inf")
+        if pages and not self.policy.queues_interior:
+            _, following = _lowest(orders)
+            below = float("inf") if following is None else following[0]
+        return self._shelves[number].evict(unit, node, why, below=below, pages=pages)
 
     def unpinned_pages(self, tenant: str | None = None) -> int:
         """Pages that could be freed by evicting."""
@@ -67,3 +70,14 @@ class Eviction:
     def queued(self) -> int:
         """Entries in all orders, void ones included."""
         return sum(map(len, self._orders.values()))
+
+
+def _lowest(orders: Iterable[Order]) -> tuple[Order | None, tuple[float, Name] | None]:
+    """The order whose head goes first, and that head."""
+    best: Order | None = None
+    lowest: tuple[float, Name] | None = None
+    for order in orders:
+        head = order.head()
+        if head is not None and (lowest is None or head < lowest):
+            best, lowest = order, head
+    return best, lowest

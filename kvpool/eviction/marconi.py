@@ -15,6 +15,7 @@ All weights are in units of *span*: the ticks in which traffic fills the pool on
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,8 @@ HALF_LIFE = 1_000
 """Sequences after which what was learnt counts half."""
 WARM = 200
 """Sequences to see before the weights are changed."""
+SHADOW_PAGES = 1 << 20
+"""Larger pools replay a sample of the sequences against as much smaller shadows (as SHARDS does, FAST 2015)."""
 MARGIN = 1.01
 """Candidates must have saved so many times what the weights in use would have."""
 
@@ -110,8 +113,11 @@ class Marconi(Lru):
         return FIRST / 2
 
     def learn(self, sequence: Stored) -> None:
+        share = min(1.0, SHADOW_PAGES / self._capacity)
+        if zlib.crc32(sequence.keys[0][1]) >= share * (1 << 32):
+            return
         if not self._shadows:
-            self._shadows = [Shadow(w.alpha, w.beta, self._capacity) for w in self._candidates]
+            self._shadows = [Shadow(w.alpha, w.beta, int(self._capacity * share)) for w in self._candidates]
         fade = 0.5 ** (1 / HALF_LIFE)
         mean = self._logs / self._count if self._count else 0.0
         relative = [math.log2(v) - mean if v > 0 else 0.0 for v in sequence.value]

@@ -7,34 +7,35 @@ segments.
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from .base import FIRST, Stored
 
 Key = tuple[int, bytes]
 
 
-@dataclass(slots=True)
-class _Node:
-    parent: Key | None
-    pages: int
-    rank: float = 0.0
-    children: int = 0
-    end_pages: int = 0
-    end_rank: float = 0.0
-    pinned: int = -1
-    needs_end: bool = field(default=False)
-
-
 class Shadow:
-    """One candidate's cache of ``capacity`` pages."""
+    """One candidate's cache of ``capacity`` pages.
+
+    Segments are rows of arrays: hundreds of thousands of objects would make the garbage collector pause.
+    """
 
     def __init__(self, alpha: float, beta: float, capacity: int) -> None:
         self.alpha, self.beta = alpha, beta
         self._capacity = capacity
         self._used = 0
-        self._nodes: dict[Key, _Node] = {}
+        self._rows: dict[Key, int] = {}
+        self._keys: list[Key | None] = []
+        self._free: list[int] = []
+        self._parent = array("q")
+        self._pages = array("q")
+        self._rank = array("d")
+        self._children = array("q")
+        self._end_pages = array("q")
+        self._end_rank = array("d")
+        self._pinned = array("q")
+        self._needs_end = array("b")
         self._heap: list[tuple[float, bool, Key]] = []  # rank, is a checkpoint, key
         self._tick = 0
         self._placed = 0.0
@@ -44,7 +45,7 @@ class Shadow:
     @property
     def nodes(self) -> int:
         """Segments it holds."""
-        return len(self._nodes)
+        return len(self._rows)
 
     @property
     def used(self) -> int:
@@ -53,108 +54,131 @@ class Shadow:
 
     def request(self, stored: Stored, value: Sequence[float], ends: Sequence[tuple[int, int, float]], turn: int) -> int:
         """Look ``stored`` up, then store it; tokens hit. ``value`` and ``ends`` have values relative to the mean."""
-        nodes, keys = self._nodes, stored.keys
+        rows, keys = self._rows, stored.keys
+        path: list[int] = []
         self._now += 1
         known = 0
         hit = 0
         for i, key in enumerate(keys):
-            node = nodes.get(key)
-            if node is None:
+            row = rows.get(key)
+            if row is None:
                 break
+            path.append(row)
             known = i + 1
-            if not stored.needs_ends or node.end_pages:
+            if not stored.needs_ends or self._end_pages[row]:
                 hit = known
         self._tick += len(keys)
         span = self._placed_ticks / self._placed * self._capacity if self._placed else 0.0
         bonus = self._tick + span * self.beta * turn
         weight = span * self.alpha
-        for i in range(known):
-            node = nodes[keys[i]]
-            node.pinned = self._now
-            node.rank = bonus + weight * value[i] - i
+        for i, row in enumerate(path):
+            self._pinned[row] = self._now
+            self._rank[row] = bonus + weight * value[i] - i
         if hit and stored.needs_ends:
-            nodes[keys[hit - 1]].end_rank = bonus
+            self._end_rank[path[hit - 1]] = bonus
         need = sum(stored.pages[known:])
         for i, pages, _ in ends:
-            if i >= known or not nodes[keys[i]].end_pages:
+            if i >= known or not self._end_pages[path[i]]:
                 need += pages
         if not self._room(need):
             return sum(stored.tokens[:hit])
         for i in range(known, len(keys)):
-            node = nodes[keys[i]] = _Node(keys[i - 1] if i else None, stored.pages[i], bonus + weight * value[i] - i)
-            node.pinned, node.needs_end = self._now, stored.needs_ends
+            rank = bonus + weight * value[i] - i
+            row = self._new(keys[i], path[i - 1] if i else -1, stored.pages[i], rank, stored.needs_ends)
+            path.append(row)
             if i:
-                nodes[keys[i - 1]].children += 1
-            heapq.heappush(self._heap, (node.rank, False, keys[i]))
+                self._children[path[i - 1]] += 1
+            heapq.heappush(self._heap, (rank, False, keys[i]))
         if known < len(keys):
             self._placed_ticks += len(keys) - known
         for i, pages, relative in ends:
-            node = nodes[keys[i]]
-            if not node.end_pages:
-                node.end_pages = pages
-                node.end_rank = bonus + weight * relative
-                heapq.heappush(self._heap, (node.end_rank, True, keys[i]))
+            row = path[i]
+            if not self._end_pages[row]:
+                self._end_pages[row] = pages
+                self._end_rank[row] = bonus + weight * relative
+                heapq.heappush(self._heap, (self._end_rank[row], True, keys[i]))
                 self._placed_ticks += 1
         self._used += need
         self._placed += need
         if self._placed > 4 * self._capacity:
             self._placed /= 2
             self._placed_ticks /= 2
-        self._supersede(stored, ends)
+        self._supersede(stored, path, ends)
         return sum(stored.tokens[:hit])
 
-    def _supersede(self, stored: Stored, ends: Sequence[tuple[int, int, float]]) -> None:
+    def _supersede(self, stored: Stored, path: list[int], ends: Sequence[tuple[int, int, float]]) -> None:
         """The checkpoint before the last goes first, unless its sequence branched there."""
         if not stored.needs_ends or not ends:
             return
         for i in range(max(e[0] for e in ends) - 1, -1, -1):
-            node = self._nodes[stored.keys[i]]
-            if node.end_pages:
-                if node.children <= 1:
-                    node.end_rank = FIRST / 2
-                    heapq.heappush(self._heap, (node.end_rank, True, stored.keys[i]))
+            row = path[i]
+            if self._end_pages[row]:
+                if self._children[row] <= 1:
+                    self._end_rank[row] = FIRST / 2
+                    heapq.heappush(self._heap, (self._end_rank[row], True, stored.keys[i]))
                 return
 
     def _room(self, need: int) -> bool:
         """Evict until ``need`` pages are free; False, having evicted what could be, when that is impossible."""
         if need > self._capacity:
             return False
-        heap, nodes = self._heap, self._nodes
+        heap, rows = self._heap, self._rows
         later: list[tuple[float, bool, Key]] = []
         while self._used + need > self._capacity and heap:
             item = heapq.heappop(heap)
             rank, is_end, key = item
-            node = nodes.get(key)
-            if node is None or (is_end and not node.end_pages):
+            row = rows.get(key)
+            if row is None or (is_end and not self._end_pages[row]):
                 continue
-            if node.pinned == self._now:
+            if self._pinned[row] == self._now:
                 later.append(item)
                 continue
-            current = node.end_rank if is_end else node.rank
+            current = self._end_rank[row] if is_end else self._rank[row]
             if current != rank:
                 heapq.heappush(heap, (current, is_end, key))
             elif is_end:
-                self._used -= node.end_pages
-                node.end_pages = 0
-                self._orphan(key, node)
-            elif not node.children:
-                self._drop(key, node)
+                self._used -= self._end_pages[row]
+                self._end_pages[row] = 0
+                self._orphan(key, row)
+            elif not self._children[row]:
+                self._drop(key, row)
             # A node with children comes back when the last of them goes.
         for item in later:
             heapq.heappush(heap, item)
         return self._used + need <= self._capacity
 
-    def _drop(self, key: Key, node: _Node) -> None:
-        self._used -= node.pages + node.end_pages
-        del self._nodes[key]
-        parent = None if node.parent is None else self._nodes.get(node.parent)
-        if parent is not None and node.parent is not None:
-            parent.children -= 1
-            if not parent.children:
-                self._orphan(node.parent, parent)
-                heapq.heappush(self._heap, (parent.rank, False, node.parent))
+    def _new(self, key: Key, parent: int, pages: int, rank: float, needs_end: bool) -> int:
+        if self._free:
+            row = self._free.pop()
+        else:
+            row = len(self._keys)
+            self._keys.append(None)
+            for column in (self._parent, self._pages, self._children, self._end_pages, self._pinned):
+                column.append(0)
+            self._rank.append(0.0)
+            self._end_rank.append(0.0)
+            self._needs_end.append(0)
+        self._rows[key], self._keys[row] = row, key
+        self._parent[row], self._pages[row], self._rank[row] = parent, pages, rank
+        self._children[row] = self._end_pages[row] = 0
+        self._end_rank[row] = 0.0
+        self._pinned[row], self._needs_end[row] = self._now, needs_end
+        return row
 
-    def _orphan(self, key: Key, node: _Node) -> None:
-        if node.needs_end and not node.children and not node.end_pages:
-            node.rank = FIRST
+    def _drop(self, key: Key, row: int) -> None:
+        self._used -= self._pages[row] + self._end_pages[row]
+        del self._rows[key]
+        self._keys[row] = None
+        self._free.append(row)
+        parent = self._parent[row]
+        above = self._keys[parent] if parent >= 0 else None
+        if above is not None:
+            self._children[parent] -= 1
+            if not self._children[parent]:
+                self._orphan(above, parent)
+                heapq.heappush(self._heap, (self._rank[parent], False, above))
+
+    def _orphan(self, key: Key, row: int) -> None:
+        if self._needs_end[row] and not self._children[row] and not self._end_pages[row]:
+            self._rank[row] = FIRST
             heapq.heappush(self._heap, (FIRST, False, key))

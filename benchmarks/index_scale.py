@@ -85,6 +85,8 @@ class World:
         self.ns: Namespace = self.core.open_namespace("bench", LAYOUT, STEP)
         self.rng = np.random.default_rng(seed)
         self.mean = mean_blocks
+        gc.collect()
+        gc.freeze()  # as kvpoold does
         self.calls = Calls()
         # Filled now: what the sequences take is not the index's.
         self.memory = np.full((256, 8192 * STEP + 5), 7, np.uint32)
@@ -122,7 +124,9 @@ class World:
         return chain
 
 
-def measure(blocks: int, mean_blocks: int, seed: int = 1, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def measure(
+    blocks: int, mean_blocks: int, seed: int = 1, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     gc.collect()
     world = World(blocks, mean_blocks, seed)
     before = resident()

@@ -69,6 +69,16 @@ class KeyTable:
         self._keys[number] = None
         self._free.append(number)
 
+    def remove_all(self, numbers: Memory, /) -> None:
+        """Forget keys by an int32 buffer of numbers, in order; ValueError at the first number that has none."""
+        for number in np.frombuffer(numbers, np.int32).tolist():  # type: ignore[arg-type]
+            self.remove(number)
+
+    def absent(self, keys: list[bytes] | Memory, width: int, /) -> int:
+        """How many of the leading keys are not known."""
+        listed = _listed(keys, width)
+        return next((i for i, key in enumerate(listed) if _checked(key) in self._numbers), len(listed))
+
     def key(self, number: int, /) -> bytes:
         """The key with this number; raises ValueError when there is none."""
         key = self._keys[number] if 0 <= number < len(self._keys) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import sys
 import time
@@ -98,6 +99,9 @@ async def run(config: DaemonConfig) -> bool:
     endpoint = Endpoint(endpoint_config)
     server = PoolServer(endpoint, core, window_bytes=config.window_bytes)
     stops = Stops(loop)
+    # What was imported stays: full collections need not look at it again, and pause for what came since only.
+    gc.collect()
+    gc.freeze()
     try:
         host, port = await endpoint.listen(config.host, config.port)
         for note in arena.info.notes:

@@ -300,13 +300,13 @@ class Tree:
 
         Only engines' own hashes can do that: they must depend on everything before the block.
         """
-        known = len(self.find(keys))
-        for i, key in enumerate(keys[known:]):
-            if self._table.get(key) >= 0:
-                raise KeyChainError(
-                    f"block hash {key.hex()[:16]} ({i} after the known prefix) is already known after other blocks: hashes "
-                    "must depend on everything before them"
-                )
+        new = keys[len(self.find(keys)) :]
+        absent = self._table.absent(new, 0)
+        if absent < len(new):
+            raise KeyChainError(
+                f"block hash {new[absent].hex()[:16]} ({absent} after the known prefix) is already known after other blocks: "
+                "hashes must depend on everything before them"
+            )
 
     def grow_path(self, keys: list[bytes]) -> Nodes:
         """The nodes of the whole chain ``keys``, made where they are missing. Raises as :meth:`check_path`."""
@@ -523,8 +523,7 @@ class Tree:
         self._free(slabs)
         if not whole:
             self._check_orphan(node)
-        for n in run[:-1]:
-            self._forget(n)
+        self._table.remove_all(nodes[:-1])  # none of them has tails, or is one
         self._children[nodes[1:]] = 0
         self.prune(run[-1])
         if lost:
@@ -533,27 +532,39 @@ class Tree:
 
     def _run(self, node: int, below: float, pages: int) -> list[int]:
         """The leaf ``node`` and what goes right after it: ancestors that only it keeps, that rank ``below``, for ``pages`` pages."""
-        run = [node]
         full = self.full
         assert full is not None
+        run = [node]
         if self._position[node] % self.ns.block_tokens:
             return run
         freed = int(self._pages[:, node].sum(where=self._resident[:, node]))
-        highest = float("-inf")
-        while freed < pages and (node := int(self._parent[node])) != ROOT:
-            if self._children[node] != 1 or self._pins[full, node] or not self._resident[full, node]:
+        looked = 32
+        while freed < pages:
+            above = self._ancestors(run[-1], looked)
+            there = self._resident[:, above]
+            ranks = self._rank[full, above]
+            bare = there.sum(axis=0) == 1  # else what else it holds has ranks of its own
+            if self._policy.orphans_first and self._ends:
+                ranks = np.where(bare, FIRST, ranks)
+            goes = (self._children[above] == 1) & (self._pins[full, above] == 0) & there[full] & bare & (ranks < below)
+            sums = freed + np.cumsum(self._pages[full, above])
+            count = min(int(np.argmin(goes)) if not goes.all() else len(goes), int(sums.searchsorted(pages)) + 1)
+            if count:
+                run += above[:count].tolist()
+                freed = int(sums[count - 1])
+                self._policy.evicted(float(ranks[:count].max()))
+            if count < looked:
                 break
-            there = self._resident[:, node]
-            orphan = self._policy.orphans_first and self._ends and not there[self._ends].any()
-            rank = FIRST if orphan else float(self._rank[full, node])
-            if not rank < below or (not orphan and len(there) > 1 and there.sum() > 1):
-                break  # with a checkpoint: that has a rank of its own
-            highest = max(highest, rank)
-            freed += int(self._pages[full, node])
-            run.append(node)
-        if len(run) > 1:
-            self._policy.evicted(highest)
+            looked *= 4
         return run
+
+    def _ancestors(self, node: int, most: int) -> Nodes:
+        """The nearest ancestors of ``node``, at most so many."""
+        found: list[int] = []
+        parents = self._parent
+        while len(found) < most and (node := int(parents[node])) != ROOT:
+            found.append(node)
+        return np.array(found, dtype=np.int32)
 
     def clear(self, why: str = "cleared") -> int:
         """Evict all that is not pinned; returns how many entries went."""

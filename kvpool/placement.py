@@ -190,7 +190,7 @@ def plan_put(
             states += [(group, s.first, size) for s in own]
             continue
         whole = [np.arange(s.first // block_tokens, s.stop // block_tokens) for s in own]
-        index = np.unique(np.concatenate([np.empty(0, np.int64), *whole]))
+        index = whole[0] if len(whole) == 1 else np.unique(np.concatenate([np.empty(0, np.int64), *whole]))
         if len(index):
             blocks.append((group, index, size * block_tokens))
         stops = {s.stop for s in own}

@@ -137,6 +137,24 @@ static PyObject *keytable_add(PyObject *object, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *keytable_absent(PyObject *object, PyObject *args) {
+    const kv_keytable *table = &((KeyTable *)object)->table;
+    PyObject *list;
+    Py_ssize_t width;
+    Keys keys;
+    if (!PyArg_ParseTuple(args, "On:absent", &list, &width) || keys_get(&keys, list, width) < 0) return NULL;
+    size_t absent = 0;
+    bool failed = false;
+    for (; absent < keys.count; absent++) {
+        kv_key key;
+        int32_t number;
+        failed = keys_at(&keys, absent, &key) < 0;
+        if (failed || kv_keytable_find(table, &key, 1, &number)) break;
+    }
+    keys_release(&keys);
+    return failed ? NULL : PyLong_FromSize_t(absent);
+}
+
 static PyObject *not_live(long long number) {
     return PyErr_Format(PyExc_ValueError, "no key has the number %lld", number);
 }
@@ -148,6 +166,19 @@ static PyObject *keytable_remove(PyObject *object, PyObject *argument) {
     if (!kv_keytable_live(table, number)) return not_live(number);
     kv_keytable_remove(table, (uint32_t)number);
     Py_RETURN_NONE;
+}
+
+static PyObject *keytable_remove_all(PyObject *object, PyObject *argument) {
+    kv_keytable *table = &((KeyTable *)object)->table;
+    Py_buffer buffer;
+    if (numbers_get(&buffer, argument, 0, PyBUF_SIMPLE) < 0) return NULL;
+    const int32_t *numbers = buffer.buf;
+    size_t count = (size_t)buffer.len / 4, done = 0;
+    for (; done < count && kv_keytable_live(table, numbers[done]); done++)
+        kv_keytable_remove(table, (uint32_t)numbers[done]);
+    PyObject *result = done == count ? Py_NewRef(Py_None) : not_live(numbers[done]);
+    PyBuffer_Release(&buffer);
+    return result;
 }
 
 static PyObject *keytable_key(PyObject *object, PyObject *argument) {
@@ -201,6 +232,10 @@ static PyMethodDef keytable_methods[] = {
      "find($self, keys, width, out, /)\n--\n\nNumbers of the leading keys that are known, into out; how many they are."},
     {"add", keytable_add, METH_VARARGS,
      "add($self, keys, width, out, /)\n--\n\nGive new keys numbers; ValueError, adding none, when one is known."},
+    {"absent", keytable_absent, METH_VARARGS,
+     "absent($self, keys, width, /)\n--\n\nHow many of the leading keys are not known."},
+    {"remove_all", keytable_remove_all, METH_O,
+     "remove_all($self, numbers, /)\n--\n\nForget keys, in order; ValueError at the first number that has none."},
     {"remove", keytable_remove, METH_O, "remove($self, number, /)\n--\n\nForget a key; its number is given out again."},
     {"key", keytable_key, METH_O, "key($self, number, /)\n--\n\nThe key with this number."},
     {"get", keytable_get, METH_O, "get($self, key, /)\n--\n\nIts number, or -1."},

@@ -31,7 +31,7 @@ HALF_LIFE = 1_000
 """Sequences after which what was learnt counts half."""
 WARM = 200
 """Sequences to see before the weights are changed."""
-SHADOW_PAGES = 1 << 20
+SHADOW_PAGES = 1 << 19
 """Larger pools replay a sample of the sequences against as much smaller shadows (as SHARDS does, FAST 2015)."""
 MARGIN = 1.01
 """Candidates must have saved so many times what the weights in use would have."""

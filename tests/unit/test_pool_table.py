@@ -83,6 +83,23 @@ def test_a_removed_number_is_given_out_again(new):
     assert table.key(4) == key(20)
 
 
+def test_many_at_once(new):
+    table = new(1)
+    add(table, [key(i) for i in range(10)])
+    assert table.absent([key(i) for i in (20, 21, 3, 22)], 0) == 2
+    assert table.absent(key(20) + key(21), 32) == 2
+    assert table.absent([], 0) == 0
+    with pytest.raises(ValueError):
+        table.absent([b""], 0)
+    table.remove_all(np.array([9, 3], np.int32))
+    assert [table.get(key(i)) for i in (9, 3, 8)] == [-1, -1, 8]
+    with pytest.raises(ValueError, match="no key has the number 9"):
+        table.remove_all(np.array([8, 9, 7], np.int32))
+    assert [table.get(key(i)) for i in (8, 7)] == [-1, 7]
+    table.remove_all(np.empty(0, np.int32))
+    assert add(table, [key(30), key(31), key(32)]) == [8, 3, 9]
+
+
 def test_adding_is_all_or_nothing(new):
     table = new(1)
     add(table, [key(0)])

@@ -15,6 +15,8 @@ MODELS ?= kimi_linear qwen3_next gemma3 falcon_h1
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
+SEEDS ?= 10000
+SIM_OUT ?= benchmarks/results/local/sim
 # Twice quiet: errors only.
 PIP_FLAGS ?= -qq
 ENGINES_OUT ?= benchmarks/results/local/engines
@@ -30,7 +32,7 @@ DEMO_STAMP := $(DEMO_VENV)/.installed
 TEST_STAMP := $(TEST_VENV)/.installed
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help demo demo-real test test-engines bench lint types test-native fuzz clean
+.PHONY: help demo demo-real test test-sim test-engines bench lint types test-native fuzz clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r t d; do printf '  %-12s %s\n' "$$t" "$$d"; done
@@ -76,6 +78,10 @@ demo: $(DEMO_STAMP) ## The main job on loopback, without torch (DEMO_ARGS="--dir
 
 test: $(TEST_STAMP) ## All tests, with torch and transformers (PYTEST_ARGS="-k ...")
 	$(TEST_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-sim: $(TEST_STAMP) ## Transport over a simulated network: SEEDS=10000 schedules of faults, and the mutations they must notice
+	$(TEST_VENV)/bin/python -m tests.sim.transport --seeds 0:$(SEEDS) --json $(SIM_OUT)/seeds.json
+	$(TEST_VENV)/bin/python -m tests.sim.transport --mutations --json $(SIM_OUT)/mutations.json
 
 test-engines: $(VLLM_STAMP) ## Real vLLM engines on the CPU, prefill and decode apart; table, JSON and plot in ENGINES_OUT
 	KVPOOL_TEST_ENGINES=1 ENGINES_OUT="$(ENGINES_OUT)" $(VLLM_VENV)/bin/python -m pytest --confcutdir=tests/engines tests/engines $(PYTEST_ARGS)

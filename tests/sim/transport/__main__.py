@@ -3,25 +3,74 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from .mutations import MUTATIONS, mutated
-from .world import Violation, run_seed
+from .world import Violation, World, run_seed
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run of many seeds did. Times in seconds."""
+
+    first_seed: int
+    seeds: int = 0
+    failed: list[int] = field(default_factory=list)
+    events: int = 0
+    simulated_s: float = 0.0
+    wall_s: float = 0.0
+    transfers: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+    profiles: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, world: World) -> None:
+        self.events += world.loop.events
+        self.simulated_s += world.loop.time()
+        self.transfers += len(world.jobs)
+        self.calls.update(world.calls)
+        self.profiles[world.plan.profile] += 1
+        self.faults.update(world.injected)
+        for job in world.jobs:
+            for said in (job.sent, job.got):
+                self.outcomes[said if isinstance(said, str) else type(said).__name__] += 1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim.transport", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--seed", type=int, help="replay one seed with a trace")
-    what.add_argument("--seeds", help="A:B, run seeds A to B-1")
+    what.add_argument("--seeds", help="A:B, run seeds A to B-1; stops at nothing, names what failed")
+    what.add_argument(
+        "--mutations", action="store_true", help="put each fault into the code in turn: the first seed to catch it"
+    )
     parser.add_argument("--mutation", choices=sorted(MUTATIONS), help="with this fault put into the code")
+    parser.add_argument("--json", type=Path, help="write what was done to this file")
     args = parser.parse_args()
+    if args.mutations:
+        return _mutations(args.json)
     with mutated(args.mutation):
         if args.seed is not None:
             return _one(args.seed)
         first, _, last = args.seeds.partition(":")
-        return _many(int(first), int(last))
+        return _many(int(first), int(last), args.mutation, args.json)
+
+
+def first_caught(mutation: str, most: int = 1000) -> tuple[int, str] | None:
+    """The first seed below ``most`` in which ``mutation`` breaks an invariant, and how."""
+    with mutated(mutation):
+        for seed in range(most):
+            try:
+                run_seed(seed)
+            except Violation as violation:
+                return seed, str(violation)
+    return None
 
 
 def _one(seed: int) -> int:
@@ -35,29 +84,43 @@ def _one(seed: int) -> int:
     return 0
 
 
-def _many(first: int, last: int) -> int:
-    failed: list[int] = []
+def _many(first: int, last: int, mutation: str | None, out: Path | None) -> int:
     started = time.monotonic()
-    outcomes: dict[str, int] = {}
+    tally = Tally(first)
     for seed in range(first, last):
         try:
-            world = run_seed(seed)
-            for job in world.jobs:
-                for said in (job.sent, job.got):
-                    key = said if isinstance(said, str) else type(said).__name__
-                    outcomes[key] = outcomes.get(key, 0) + 1
+            tally.add(run_seed(seed))
         except Violation as violation:
-            failed.append(seed)
+            tally.failed.append(seed)
             print(f"\n{violation}", flush=True)
-        done = seed + 1 - first
-        if done % 100 == 0 or seed + 1 == last:
-            rate = done / max(1e-9, time.monotonic() - started)
-            print(f"{done} of {last - first} seeds, {len(failed)} failed, {rate:.0f} seeds/s", file=sys.stderr)
-    print(f"{last - first} seeds, {len(failed)} failed{': ' + str(failed[:20]) if failed else ''}")
-    print("outcomes: " + ", ".join(f"{n} {key}" for key, n in sorted(outcomes.items(), key=lambda i: -i[1])))
-    if failed:
-        print(f"replay one with: python -m tests.sim.transport --seed {failed[0]}")
-    return 1 if failed else 0
+        tally.seeds += 1
+        tally.wall_s = time.monotonic() - started
+        if tally.seeds % 500 == 0 or seed + 1 == last:
+            rate = tally.seeds / max(1e-9, tally.wall_s)
+            print(f"{tally.seeds} of {last - first}, {len(tally.failed)} failed, {rate:.0f} seeds/s", file=sys.stderr)
+    print(
+        f"{tally.seeds} seeds, {tally.transfers} transfers, {tally.events} events, {tally.simulated_s:.0f} simulated s "
+        f"in {tally.wall_s:.0f} s: {len(tally.failed)} failed{' ' + str(tally.failed[:20]) if tally.failed else ''}"
+    )
+    for name in ("faults", "outcomes", "calls"):
+        print(f"{name}: " + ", ".join(f"{n} {key}" for key, n in getattr(tally, name).most_common()))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(asdict(tally), indent=1) + "\n")
+    if tally.failed:
+        also = f' --mutation "{mutation}"' if mutation else ""
+        print(f"replay one with: python -m tests.sim.transport --seed {tally.failed[0]}{also}")
+    return 1 if tally.failed else 0
+
+
+def _mutations(out: Path | None) -> int:
+    found = {name: first_caught(name) for name in MUTATIONS}
+    for name, caught in found.items():
+        print(f"{name}: {'NOT CAUGHT in 1000 seeds' if caught is None else f'caught by {caught[1]}'}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({n: None if c is None else c[0] for n, c in found.items()}, indent=1) + "\n")
+    return 1 if None in found.values() else 0
 
 
 if __name__ == "__main__":

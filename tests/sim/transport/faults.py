@@ -20,7 +20,8 @@ async def inject(world: World) -> None:
     for at, name in world.plan.faults:
         await asyncio.sleep(max(0.0, start + at - world.loop.time()))
         world.log(f"fault: {name}")
-        result = _ACTIONS[name](world)
+        world.injected.append(name)
+        result = ACTIONS_BY_NAME[name](world)
         if result is not None:
             await result
         world.check_incarnations()
@@ -164,7 +165,7 @@ async def _restart(world: World) -> None:
         world.dialler = new
 
 
-_ACTIONS = {
+ACTIONS_BY_NAME = {
     "cut one": _cut_one,
     "cut all": _cut_all,
     "reset one": _reset_one,

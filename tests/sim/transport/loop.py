@@ -37,6 +37,8 @@ class VirtualLoop(base_events.BaseEventLoop):
         self.submit: Callable[[Callable[[], None], tuple[Any, ...]], None] = lambda run, args: None
         """Called with each executor job and its arguments; calls it when it is to run. Set by the simulation."""
         self.turns = 0
+        self.events = 0
+        """Callbacks scheduled."""
         self.limit_turns = 400_000
 
     def time(self) -> float:
@@ -71,6 +73,14 @@ class VirtualLoop(base_events.BaseEventLoop):
         if self.turns > self.limit_turns:
             raise Stuck(f"{self.turns} turns of the loop at {self._now:.6f} s: something spins")
         super()._run_once()
+
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+        self.events += 1
+        return super().call_soon(callback, *args, context=context)
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
+        self.events += 1
+        return super().call_at(when, callback, *args, context=context)
 
     def _process_events(self, event_list: list[Any]) -> None:
         pass

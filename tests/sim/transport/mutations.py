@@ -52,12 +52,10 @@ def _unpack_unchecked(buf: Any, limits: Any = frames.DEFAULT_LIMITS) -> Any:
 
 
 def _merged_wrongly(self: RangeSet, start: int, stop: int) -> int:
-    """A range that touches the last one from behind swallows the gap before it."""
+    """The last two ranges become one, and the gap between them is forgotten."""
     new = _ADD(self, start, stop)
-    if len(self._starts) > 1 and self._stops[-1] == stop:
-        self._stops[-2:] = [self._stops[-1]]
-        gap = self._starts.pop() - 0
-        self._covered += 0 * gap
+    if len(self._starts) > 1:
+        del self._starts[-1], self._stops[-2]
     return new
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .network import Path
 
@@ -68,7 +68,7 @@ class Plan:
     spill_pages: int
     spill_fails: bool
     executor_s: float
-    extra: dict[str, float] = field(default_factory=dict)
+    calls: int
 
     @property
     def must_seal(self) -> bool:
@@ -101,6 +101,7 @@ def make_plan(seed: int, rng: random.Random) -> Plan:
         spill_pages=rng.choice((0, 1, 4)),
         spill_fails=not must_seal and rng.random() < 0.2,
         executor_s=rng.choice((0.0, 0.001, 0.03)),
+        calls=rng.choice((0, 0, 2, 5)),
     )
 
 

@@ -32,6 +32,7 @@ from .plan import JobPlan, Plan, make_plan
 
 POISON = 0xEE
 RECONNECT_S = 6.0
+CALL_S = 3.0
 SLACK_S = 1.0
 """Past its deadline a call may take this long: copies in progress are waited for."""
 
@@ -102,6 +103,9 @@ class World:
         self.dialler: Process
         self.acceptor: Process
         self.cancels: list[asyncio.Task[None]] = []
+        self.injected: list[str] = []
+        """The faults that were put in, in order."""
+        self.calls = {"answered": 0, "failed": 0}
         self._sources: dict[int, tuple[Job, tuple[int, int]]] = {}
         self._targets: dict[int, tuple[Job, tuple[int, int]]] = {}
 
@@ -206,8 +210,13 @@ class World:
         process = Process(name, None)  # type: ignore[arg-type]
         process.endpoint = Endpoint(config, network=self.network.of(process), entropy=self.rng.randbytes)
         process.endpoint.on_link = process.links.append
+        process.endpoint.handlers["echo"] = self._echo
         self.processes.append(process)
         return process
+
+    async def _echo(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.sleep(self.rng.random() * 0.01)
+        return args
 
     async def _main(self) -> None:
         self.acceptor = self.start_process("A")
@@ -223,6 +232,7 @@ class World:
         for number, plan in enumerate(self.plan.jobs):
             job = self.make_job(number, plan)
             work += [self.loop.create_task(self._produce(job)), self.loop.create_task(self._consume(job))]
+        work.append(self.loop.create_task(self._call(self.plan.calls)))
         await asyncio.wait([*work, faults])
         if self.cancels:
             await asyncio.wait(self.cancels)
@@ -381,6 +391,28 @@ class World:
         await job.receiver.cancel("changed its mind")
         self.log(f"job {job.number}: cancelled by the consumer")
         job.target_over = True
+
+    # -- calls -----------------------------------------------------------------------------------------
+
+    async def _call(self, count: int) -> None:
+        """Each call is answered with what was asked, or fails, in time; never with another's answer."""
+        for number in range(count):
+            await asyncio.sleep(self.rng.random() * 0.2)
+            links = self.dialler.links
+            if not links:
+                continue
+            begun = self.loop.time()
+            try:
+                reply = await links[-1].call("echo", {"number": number}, timeout_s=CALL_S)
+            except KVError as error:
+                self.calls["failed"] += 1
+                self.log(f"call {number}: {error.code}: {error}")
+            else:
+                self.calls["answered"] += 1
+                if reply != {"number": number}:
+                    self.violate(f"call {number} was answered with {reply!r}")
+            if self.loop.time() > begun + CALL_S + 0.1:
+                self.violate(f"call {number} took {self.loop.time() - begun:.3f} s")
 
     # -- judging -------------------------------------------------------------------------------------
 

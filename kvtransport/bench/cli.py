@@ -9,6 +9,7 @@ import typer
 
 from ..errors import IntegrityError, KVError
 from . import commands_network as _network  # noqa: F401  registers its commands
+from . import commands_paths as _paths  # noqa: F401  registers its commands
 from . import loopback as loopback_command
 from . import models as models_command
 from .app import JsonOption, app
@@ -27,7 +28,7 @@ def models(json_to: JsonOption = None) -> None:
     computed again: published, computed, and why where they differ. K is 1,024 tokens.
     """
     models_command.render(console(json_to))
-    write_json(json_to, models_command.report())
+    write_json(json_to, {"command": "models", **models_command.report()})
 
 
 @app.command(
@@ -80,7 +81,7 @@ def loopback(
         baseline=baseline,
     )
     body = loopback_command.run(options, console(json_to))
-    write_json(json_to, body)
+    write_json(json_to, {"command": "loopback", **body})
     if not body["verified"]:
         raise IntegrityError("bytes that arrived are not the bytes that were sent")
 

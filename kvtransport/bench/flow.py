@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from .. import presets
 from .crew import Crew, Process
 from .environment import child_environment
 
@@ -69,6 +70,7 @@ class OnceRun:
     connections: int
     congestion: str
     sender_cpu_s_per_gb: float
+    receiver_cpu_s_per_gb: float
 
 
 def goodput(samples: Sequence[Sample], first_s: float, last_s: float | None = None) -> float:
@@ -107,6 +109,7 @@ class Flow:
         prefixes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
     ) -> None:
         self.options = options
+        self.nbytes = presets.load(options.preset).bytes_at(options.tokens)
         self._crew = Crew()
         self._host = host
         self._prefixes = prefixes
@@ -138,11 +141,11 @@ class Flow:
         worker.say(config)
         return worker
 
-    def _begin(self, *, samples: bool) -> tuple[str, float]:
+    def _begin(self, *, samples: bool, connections: int | None = None) -> tuple[str, float]:
         run = os.urandom(8).hex()
         self._receiver.say({"do": "expect", "run": run, "samples": samples})
         self._crew.wait(self._receiver, "expecting", MARGIN_S)
-        self._sender.say({"do": "dial"})
+        self._sender.say({"do": "dial", "connections": connections})
         return run, self._crew.wait(self._sender, "dialled", MARGIN_S)["seconds"]
 
     def _end(self) -> dict[str, Any]:
@@ -177,20 +180,43 @@ class Flow:
             received["cpu_s"] / gb,
         )
 
-    def once(self, nbytes: int) -> OnceRun:
-        """One transfer (of ``nbytes``, as the options say) on a fresh link."""
-        run, dial = self._begin(samples=False)
-        self._sender.say({"do": "once", "run": run})
-        sent = self._crew.wait(self._sender, "sent", self.options.deadline_s + MARGIN_S)
-        self._end()
+    def once(self, *, connections: int | None = None, chunk_bytes: int | None = None, warm: int = 0) -> OnceRun:
+        """One transfer on a fresh link; ``warm``: after so many others on that link, which do not count."""
+        run, dial = self._begin(samples=False, connections=connections)
+        sent, received = {}, {}
+        for number in range(warm + 1):
+            sent = self._once(run, number, chunk_bytes)
+        received = self._end()
+        gb = self.nbytes / GB
         return OnceRun(
             sent["seconds"],
             dial,
-            nbytes * 8 / GB / sent["seconds"],
+            gb * 8 / sent["seconds"],
             sent["connections"],
             sent["congestion"],
-            sent["cpu_s"] / (nbytes / GB),
+            sent["cpu_s"] / gb,
+            received["cpu_s"] / gb / (warm + 1),
         )
+
+    def _once(self, run: str, number: int, chunk_bytes: int | None) -> dict[str, Any]:
+        self._sender.say({"do": "once", "run": run, "number": number, "chunk_bytes": chunk_bytes})
+        return self._crew.wait(self._sender, "sent", self.options.deadline_s + MARGIN_S)
+
+    def layers(self, seconds: float) -> dict[str, Any]:
+        """A prefill of ``seconds`` that hands over layer by layer, on a link that has carried two bulk transfers.
+
+        Returns the worker's times (monotonic clock, seconds) with ``bulk_seconds`` of the second of these transfers.
+        """
+        run, _ = self._begin(samples=False)
+        for number in (0, 1):
+            bulk = self._once(run, number, None)["seconds"]
+        self._sender.say({"do": "layers", "run": run, "number": 2, "seconds": seconds})
+        told = self._crew.wait(self._sender, "piped", seconds + self.options.deadline_s + MARGIN_S)
+        received = self._end()
+        for each in told["layers"]:
+            first, applied = received["layers"].get(str(each["layer"]), (None, None))
+            each.update(first_byte_s=first, applied_s=applied)
+        return {**told, "bulk_seconds": bulk}
 
     def close(self) -> None:
         """End both processes. Idempotent."""

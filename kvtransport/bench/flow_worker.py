@@ -79,6 +79,7 @@ class ReceiverEnd(FlowEnd):
 
     async def _run(self, run: str, samples: bool, say: Say) -> None:
         done = 0
+        layers: dict[int, Any] = {}
         cpu = cpu_seconds()
         waiting: list[Receiver] = [self._expect(run, number) for number in range(IN_FLIGHT)]
         telling = asyncio.create_task(self._sample(lambda: done + sum(r.stats.moved_bytes for r in waiting), say))
@@ -90,6 +91,7 @@ class ReceiverEnd(FlowEnd):
                 await waiting[0].sealed()
                 first = waiting.pop(0)
                 done += first.stats.moved_bytes
+                layers = {i: (t.first_byte_s, t.applied_s) for i, t in first.stats.layers.items()}
                 waiting.append(self._expect(run, number))
                 number += 1
         except KVError:
@@ -99,7 +101,7 @@ class ReceiverEnd(FlowEnd):
             for receiver in waiting:
                 with contextlib.suppress(KVError):
                     await receiver.cancel("the run is over")
-            say({"event": "received", "bytes": done, "cpu_s": cpu_seconds() - cpu})
+            say({"event": "received", "bytes": done, "cpu_s": cpu_seconds() - cpu, "layers": layers})
 
     def _expect(self, run: str, number: int) -> Receiver:
         copy = number % IN_FLIGHT
@@ -127,23 +129,29 @@ class SenderEnd(FlowEnd):
         say({"event": "started"})
 
     async def round(self, command: Reply, say: Say) -> None:
-        await {"dial": self._dial, "flow": self._flow, "once": self._once}[command["do"]](command, say)
+        work = {"dial": self._dial, "flow": self._flow, "once": self._once, "layers": self._layers}
+        await work[command["do"]](command, say)
 
     async def _dial(self, command: Reply, say: Say) -> None:
         if self.link is not None:
             await self.link.close()
         started = time.monotonic()
-        chosen = {} if self.config["connections"] is None else {"connections": self.config["connections"]}
+        connections = command.get("connections") or self.config["connections"]
+        chosen = {} if connections is None else {"connections": connections}
         self.link = await self.endpoint.connect(self.config["host"], self.config["port"], **chosen)
         say({"event": "dialled", "seconds": time.monotonic() - started})
 
-    def _open(self, run: str, number: int) -> Sender:
+    def _open(self, run: str, number: int, chunk_bytes: int | None = None) -> Sender:
         assert self.link is not None
-        sender = self.link.open(
+        return self.link.open(
             self.manifest(transfer_id(run, number)),
             checksum=self.config["checksum"],
             deadline_s=self.config["deadline_s"],
+            chunk_bytes=chunk_bytes,
         )
+
+    def _open_ready(self, run: str, number: int, chunk_bytes: int | None = None) -> Sender:
+        sender = self._open(run, number, chunk_bytes)
         for (layer, tensor), pages in self.memory.pages[number % IN_FLIGHT].items():
             sender.ready(layer, tensor, pages)
         return sender
@@ -156,7 +164,7 @@ class SenderEnd(FlowEnd):
             async with asyncio.timeout(command["seconds"]):
                 while True:
                     while len(open_) < IN_FLIGHT:
-                        open_.append(self._open(command["run"], number))
+                        open_.append(self._open_ready(command["run"], number))
                         number += 1
                     await open_[0].seal()
                     open_.pop(0)
@@ -167,9 +175,44 @@ class SenderEnd(FlowEnd):
 
     async def _once(self, command: Reply, say: Say) -> None:
         cpu, started = cpu_seconds(), time.monotonic()
-        sender = self._open(command["run"], 0)
+        sender = self._open_ready(command["run"], command["number"], command.get("chunk_bytes"))
         await sender.seal()
         say({"event": "sent", "seconds": time.monotonic() - started, "cpu_s": cpu_seconds() - cpu, **self._tell()})
+
+    async def _layers(self, command: Reply, say: Say) -> None:
+        """Layer after layer becomes ready, evenly over the seconds of a prefill; nothing is computed meanwhile."""
+        sender = self._open(command["run"], command["number"])
+        pages = self.memory.pages[command["number"] % IN_FLIGHT]
+        by_layer = sender.manifest.by_layer
+        started = time.monotonic()
+        for i, (layer, extents) in enumerate(by_layer.items()):
+            due = started + command["seconds"] * (i + 1) / len(by_layer)
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            for extent in extents:
+                sender.ready(layer, extent.tensor, pages[layer, extent.tensor])
+        ended = time.monotonic()
+        await sender.seal()
+        sealed = time.monotonic()
+        times = sender.stats.layers
+        say(
+            {
+                "event": "piped",
+                "started_s": started,
+                "prefill_end_s": ended,
+                "sealed_s": sealed,
+                "spilled_bytes": sender.stats.spilled_bytes,
+                "layers": [
+                    {
+                        "layer": layer,
+                        "bytes": sum(e.nbytes for e in extents),
+                        "ready_s": times[layer].ready_s if layer in times else None,
+                        "acked_s": times[layer].acked_s if layer in times else None,
+                    }
+                    for layer, extents in by_layer.items()
+                ],
+                **self._tell(),
+            }
+        )
 
     def _tell(self) -> Reply:
         assert self.link is not None

@@ -69,7 +69,7 @@ def test_json_to_a_file_and_tables_to_standard_output(tmp_path: Path) -> None:
     target = tmp_path / "models.json"
     result = runner.invoke(cli.app, ["models", "--json", str(target)])
     assert result.exit_code == 0, result.output
-    assert json.loads(target.read_text()) == json.loads(json.dumps(models.report()))
+    assert json.loads(target.read_text()) == {"command": "models", **json.loads(json.dumps(models.report()))}
     assert "ring-2.5-1t" in result.stdout
     assert result.stderr == ""
 

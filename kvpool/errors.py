@@ -13,6 +13,8 @@
         ├── PoolLimitError         a bounded table of the pool is full             remote, retryable
         ├── DuplicateRequestError  the request id is in use                        local
         ├── LeaseError             no such lease, or it has expired                local
+        ├── DirectoryError         the directory of a cluster cannot be asked      network, retryable
+        ├── NoNodeError            no node of the cluster can take or give it      remote, retryable
         └── SlabError              a slab was freed twice or used after its free   local
 """
 
@@ -86,3 +88,15 @@ class LeaseError(PoolError):
 
 class SlabError(PoolError):
     code = "slab"
+
+
+class DirectoryError(PoolError):
+    code = "directory"
+    default_fault = Fault.NETWORK
+    default_retryable = True
+
+
+class NoNodeError(PoolError):
+    code = "no_node"
+    default_fault = Fault.REMOTE
+    default_retryable = True

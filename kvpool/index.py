@@ -49,7 +49,7 @@ class Watcher(Protocol):
 
     def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None: ...
 
-    def removed(self, tree: Tree, unit: int, node: int) -> None: ...
+    def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None: ...
 
 
 class Tree:
@@ -520,6 +520,8 @@ class Tree:
             self._generation[u, held] += 1
             gone = keys if len(held) == len(run) else [k for k, was in zip(keys, there.tolist(), strict=True) if was]
             self._ghosts.add(self.number, u, gone, self._clock(), why, turns[there].tolist())
+            if self.watcher is not None:
+                self.watcher.removed(self, u, held)
         self._free(slabs)
         if not whole:
             self._check_orphan(node)

@@ -239,7 +239,8 @@ def test_a_right_run_is_reported_as_one():
 
 
 @pytest.mark.parametrize(
-    ("logits", "said"), [("xbc", "the prefill's logits differ"), ("abx", "decode step 2 differ"), ("axx", "step 1 differ")]
+    ("logits", "said"),
+    [("xbc", "the prefill's logits differ"), ("abx", "decode step 2 differ"), ("axx", "step 1 differ")],
 )
 def test_one_different_logit_is_enough(logits, said):
     body = outcome(logits=logits)

@@ -338,8 +338,14 @@ def test_check_refuses_other_tensor_parallelism_before_the_fingerprint_differs()
         (lambda m: replace(m, extents=m.extents + m.extents[:1]), "layer 0 tensor 0 is not in the layout"),
         (lambda m: _with(m, (2, 0), layer=7), "layer 7 tensor 0 is not in the layout"),
         (lambda m: _with(m, (2, 0), unit=32), "layer 2 tensor 0: 32 bytes a unit, the layout says 64"),
-        (lambda m: _with(m, (2, 0), spans=(Span(100, 0),)), r"holds the state at 100, the layout needs tokens 0\.\.100"),
-        (lambda m: _with(m, (3, 2), spans=(Span(0, 100),)), r"holds tokens 0\.\.100, the layout needs the state at 100"),
+        (
+            lambda m: _with(m, (2, 0), spans=(Span(100, 0),)),
+            r"holds the state at 100, the layout needs tokens 0\.\.100",
+        ),
+        (
+            lambda m: _with(m, (3, 2), spans=(Span(0, 100),)),
+            r"holds tokens 0\.\.100, the layout needs the state at 100",
+        ),
         (lambda m: _with(m, (2, 0), spans=(Span(0, 99),)), r"holds tokens 0\.\.99, the layout needs tokens 0\.\.100"),
         (lambda m: _with(m, (2, 0), spans=(Span(0, 10), Span(20, 80))), r"holds tokens 0\.\.10, tokens 20\.\.100"),
         (lambda m: _with(m, (2, 0), spans=(Span(99, 1),)), r"holds tokens 99\.\.100"),

@@ -18,8 +18,9 @@ class Ledger:
             assert entry not in self.held
             self.held.add(entry)
 
-    def removed(self, tree, unit, node):
-        self.held.remove((tree.ns.id, unit, tree.key(unit, node)))
+    def removed(self, tree, unit, nodes):
+        for node in nodes.tolist():
+            self.held.remove((tree.ns.id, unit, tree.key(unit, node)))
 
 
 def test_a_watcher_sees_every_change():

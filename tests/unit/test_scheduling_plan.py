@@ -308,7 +308,17 @@ def test_plan_case_paper_writes_the_promised_json():
     result = CliRunner().invoke(app(), ["plan", "--case", "paper", "--json", "-"])
     assert result.exit_code == 0
     body = json.loads(result.stdout)
-    keys = ["threshold_tokens", "n_prfaas", "n_p", "n_d", "offload_share", "lambda_max", "egress_gbps", "ttft_mean_s", "ttft_p90_s"]
+    keys = [
+        "threshold_tokens",
+        "n_prfaas",
+        "n_p",
+        "n_d",
+        "offload_share",
+        "lambda_max",
+        "egress_gbps",
+        "ttft_mean_s",
+        "ttft_p90_s",
+    ]
     for column in ("prfaas_pd", "homogeneous_pd", "naive_heterogeneous"):
         assert set(keys) <= set(body[column])
     assert body["homogeneous_pd"]["threshold_tokens"] is None

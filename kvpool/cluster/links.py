@@ -1,0 +1,145 @@
+"""One link to every node that is used, dialled once however many ask for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from kvpool.client import PoolClient, connect
+from kvpool.errors import NoNodeError
+from kvpool.keys import Namespace
+from kvtransport.endpoint import EndpointConfig
+from kvtransport.errors import ConfigError, IncarnationError, KVError
+
+from .members import Member
+from .suspects import Suspects
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Host and port of "HOST:PORT" or "[HOST]:PORT". Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+        raise ConfigError(f"{address!r} is not an address: write HOST:PORT, such as 127.0.0.1:7777")
+    return host.strip("[]"), int(port)
+
+
+class NodeLinks:
+    """Links by member and incarnation. Belongs to one event loop. ``random()`` is for pauses after failures."""
+
+    def __init__(
+        self,
+        config: EndpointConfig,
+        *,
+        random: Callable[[], float],
+        connections: int = 2,
+        dial_s: float = 3.0,
+    ) -> None:
+        self._config = config
+        self._connections = connections
+        self._dial_s = dial_s
+        self._tasks: dict[str, tuple[bytes, asyncio.Task[PoolClient]]] = {}
+        self._opened: dict[tuple[PoolClient, bytes], asyncio.Task[Namespace]] = {}
+        self.suspects = Suspects(random)
+
+    async def client(self, member: Member) -> PoolClient:
+        """The link to ``member``. Raises NoNodeError (it failed moments ago), LinkError, or IncarnationError."""
+        loop = asyncio.get_running_loop()
+        known = self._tasks.get(member.id)
+        if known is not None and (known[0] != member.incarnation or self._ended(known[1])):
+            await self._drop(member.id)
+            known = None
+        if known is None:
+            if self.suspects.suspect(loop.time(), member.id):
+                raise NoNodeError(f"node {member.id!r} failed moments ago and is left alone for now")
+            known = (member.incarnation, loop.create_task(self._dial(member), name=f"dial {member.id}"))
+            self._tasks[member.id] = known
+        return await asyncio.shield(known[1])
+
+    async def open(self, member: Member, ns: Namespace) -> PoolClient:
+        """The link to ``member`` with ``ns`` opened on it."""
+        client = await self.client(member)
+        task = self._opened.get((client, ns.id))
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            work = client.namespace(ns.layout, ns.block_tokens, salt=ns.salt)
+            task = self._opened[client, ns.id] = asyncio.get_running_loop().create_task(work)
+        await asyncio.shield(task)
+        return client
+
+    def failed(self, member: Member, error: KVError) -> None:
+        """Something with this node went wrong: it is left alone for a while if the node, not the request, is at fault."""
+        if error.retryable:
+            self.suspects.failed(asyncio.get_running_loop().time(), member.id)
+
+    async def close(self) -> None:
+        for node in tuple(self._tasks):
+            await self._drop(node)
+
+    @staticmethod
+    def _ended(task: asyncio.Task[PoolClient]) -> bool:
+        if not task.done():
+            return False
+        return task.cancelled() or task.exception() is not None or task.result().link.closed
+
+    async def _dial(self, member: Member) -> PoolClient:
+        error: KVError | None = None
+        now = asyncio.get_running_loop().time
+        for address in member.addresses:
+            host, port = parse_address(address)
+            try:
+                async with asyncio.timeout(self._dial_s):
+                    client = await connect(host, port, connections=self._connections, config=self._config)
+            except TimeoutError:
+                error = NoNodeError(f"{address} of node {member.id!r} did not answer within {self._dial_s:g} s")
+                continue
+            except KVError as why:
+                error = why
+                continue
+            if member.incarnation != ANY and client.link.peer_incarnation != member.incarnation:
+                await client.close()
+                error = IncarnationError(
+                    f"{address} is not (or no longer) the process that node {member.id!r} announced"
+                )
+                continue
+            self.suspects.well(member.id)
+            return client
+        self.suspects.failed(now(), member.id)
+        assert error is not None
+        raise error
+
+    async def _drop(self, node: str) -> None:
+        _, task = self._tasks.pop(node)
+        if not task.done():
+            task.cancel()
+        client = None
+        try:
+            client = await task
+        except (KVError, asyncio.CancelledError):
+            if not task.done() or (not task.cancelled() and task.exception() is None):
+                raise
+        if client is not None:
+            for key in [k for k in self._opened if k[0] is client]:
+                self._opened.pop(key).cancel()
+            await client.close()
+
+
+ANY = bytes(16)
+"""An incarnation that is not known yet: of a node given by its address."""
+
+
+def at_address(address: str) -> Member:
+    """A stand-in for the node at an address, until it has said who it is."""
+    parse_address(address)
+    return Member(id=address, incarnation=ANY, cluster="", addresses=(address,), capacity=0)
+
+
+async def gather_answers(tasks: Sequence[asyncio.Task[object]]) -> list[object | None]:
+    """Results in order, None for those that failed with an error of ours."""
+    out: list[object | None] = []
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, BaseException):
+            if not isinstance(result, KVError):
+                raise result
+            out.append(None)
+        else:
+            out.append(result)
+    return out

@@ -1,0 +1,187 @@
+"""The directory in Valkey or Redis: standalone, Sentinel or Cluster, through redis-py's asyncio client.
+
+Keys, for a pool named ``kv``::
+
+    kvp:{kv}:epoch       random, set once: losing everything loses it too
+    kvp:{kv}:nodes       set of node ids
+    kvp:{kv}:node:<id>   a member's record (msgpack), expires with its TTL
+    kvp:kv:<16 bytes>    hash of a segment: node id -> entry (see entries.py), expires unless said again
+
+Nothing is read, changed and written back: every field has one writer, so no script and no lock is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, urlsplit, urlunsplit
+
+from kvpool.errors import DirectoryError
+from kvtransport.errors import ConfigError, ProtocolError
+
+from .members import Member, Snapshot
+
+DEFAULT_NAME = "kvpool"
+T = TypeVar("T")
+
+SCHEMES = {
+    "valkey": "redis",
+    "valkeys": "rediss",
+    "redis": "redis",
+    "rediss": "rediss",
+    "valkey+sentinel": "sentinel",
+    "valkey+cluster": "cluster",
+    "valkeys+cluster": "clusters",
+}
+URL_HELP = (
+    "write valkey://HOST:PORT/DB?name=POOL (valkeys:// for TLS, user:password@ for ACLs), "
+    "valkey+sentinel://HOST:PORT,HOST:PORT/SERVICE or valkey+cluster://HOST:PORT"
+)
+
+
+class ValkeyDirectory:
+    """Made by :func:`open_directory`. ``entropy(n)`` gives random bytes for a new epoch."""
+
+    def __init__(self, client: Any, *, name: str = DEFAULT_NAME, entropy: Callable[[int], bytes] = os.urandom) -> None:
+        self._client = client
+        self._entropy = entropy
+        prefix = f"kvp:{{{name}}}:".encode()
+        self._epoch_key, self._nodes_key, self._node_key = prefix + b"epoch", prefix + b"nodes", prefix + b"node:"
+        self._segment_key = f"kvp:{name}:".encode()
+
+    async def beat(self, member: Member, ttl_s: float) -> bytes:
+        pipe = self._client.pipeline(transaction=False)
+        pipe.set(self._epoch_key, self._entropy(8), nx=True)
+        pipe.get(self._epoch_key)
+        pipe.set(self._node_key + member.id.encode(), member.encode(), px=max(int(ttl_s * 1000), 1))
+        pipe.sadd(self._nodes_key, member.id)
+        return bytes((await self._ask(pipe.execute()))[1])
+
+    async def leave(self, member: Member) -> None:
+        key = self._node_key + member.id.encode()
+        record = await self._ask(self._client.get(key))
+        known = None if record is None else self._decode(record)
+        if known is None or known.incarnation == member.incarnation:
+            pipe = self._client.pipeline(transaction=False)
+            pipe.delete(key)
+            pipe.srem(self._nodes_key, member.id)
+            await self._ask(pipe.execute())
+
+    async def snapshot(self) -> Snapshot:
+        pipe = self._client.pipeline(transaction=False)
+        pipe.get(self._epoch_key)
+        pipe.smembers(self._nodes_key)
+        epoch, ids = await self._ask(pipe.execute())
+        if not ids:
+            return Snapshot(epoch, ())
+        records = await self._ask(self._client.mget([self._node_key + i for i in sorted(ids)]))
+        members = [self._decode(r) for r in records if r is not None]
+        return Snapshot(epoch, tuple(m for m in members if m is not None))
+
+    @staticmethod
+    def _decode(record: bytes) -> Member | None:
+        try:
+            return Member.decode(record)
+        except ProtocolError:
+            return None  # not ours: someone else writes there, or another version
+
+    async def announce(self, node: str, changes: Mapping[bytes, bytes | None], ttl_s: float) -> None:
+        if not changes:
+            return
+        pipe = self._client.pipeline(transaction=False)
+        ttl_ms = max(int(ttl_s * 1000), 1)
+        for name, entry in changes.items():
+            key = self._segment_key + name
+            if entry is None:
+                pipe.hdel(key, node)
+            else:
+                pipe.hset(key, node, entry)
+                pipe.pexpire(key, ttl_ms)
+        await self._ask(pipe.execute())
+
+    async def look(self, keys: Sequence[bytes]) -> list[dict[str, bytes]]:
+        if not keys:
+            return []
+        pipe = self._client.pipeline(transaction=False)
+        for name in keys:
+            pipe.hgetall(self._segment_key + name)
+        answers = await self._ask(pipe.execute())
+        return [{bytes(k).decode("utf-8", "replace"): bytes(v) for k, v in answer.items()} for answer in answers]
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    @staticmethod
+    async def _ask(work: Awaitable[T]) -> T:
+        from redis.exceptions import RedisError
+
+        try:
+            return await work
+        except (RedisError, OSError, TimeoutError) as error:
+            raise DirectoryError(f"the directory cannot be asked: {type(error).__name__} {error}") from error
+
+
+def open_directory(
+    url: str, *, timeout_s: float = 1.0, entropy: Callable[[int], bytes] = os.urandom
+) -> ValkeyDirectory:
+    """The directory at ``url``; connects when first asked. Raises ConfigError for an unusable URL, or without redis-py."""
+    try:
+        from redis import asyncio as redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+    except ImportError as error:
+        raise ConfigError(
+            "a directory in Valkey or Redis needs redis-py: pip install 'kvtransport[cluster]'"
+        ) from error
+    parts = urlsplit(url)
+    scheme = SCHEMES.get(parts.scheme)
+    if scheme is None or not parts.netloc:
+        raise ConfigError(f"{_hidden(url)!r} is no directory: {URL_HELP}")
+    query = parse_qs(parts.query)
+    name = query.pop("name", [DEFAULT_NAME])[-1]
+    rest = "&".join(f"{k}={v}" for k, values in query.items() for v in values)
+    # A dead server is noticed within the timeout; whoever asks decides whether to ask again.
+    options: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    try:
+        if scheme == "sentinel":
+            return ValkeyDirectory(_sentinel(redis, parts.netloc, parts.path, options), name=name, entropy=entropy)
+        if scheme.startswith("cluster"):
+            plain = urlunsplit(("rediss" if scheme == "clusters" else "redis", parts.netloc, parts.path, rest, ""))
+            client: Any = redis.RedisCluster.from_url(
+                plain, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, cluster_error_retry_attempts=1
+            )
+        else:
+            client = redis.Redis.from_url(urlunsplit((scheme, parts.netloc, parts.path, rest, "")), **options)
+    except ValueError as error:
+        raise ConfigError(f"{_hidden(url)!r} is no directory ({error}): {URL_HELP}") from error
+    return ValkeyDirectory(client, name=name, entropy=entropy)
+
+
+def _sentinel(redis: Any, netloc: str, path: str, options: dict[str, Any]) -> Any:
+    credentials, _, hosts = netloc.rpartition("@")
+    service, _, database = path.strip("/").partition("/")
+    if not service:
+        raise ValueError("the name of the service is missing")
+    addresses = []
+    for host in hosts.split(","):
+        name, _, port = host.rpartition(":")
+        addresses.append((name or port, int(port) if name else 26379))
+    user, _, password = credentials.partition(":")
+    login = {"username": user or None, "password": password or None} if credentials else {}
+    sentinel = redis.Sentinel(addresses, sentinel_kwargs=options, **options)
+    return sentinel.master_for(service, db=int(database or 0), **login)
+
+
+def _hidden(url: str) -> str:
+    """``url`` without its password."""
+    parts = urlsplit(url)
+    credentials, at, hosts = parts.netloc.rpartition("@")
+    if not at:
+        return url
+    user = credentials.partition(":")[0]
+    return urlunsplit((parts.scheme, f"{user}:***@{hosts}", parts.path, parts.query, ""))

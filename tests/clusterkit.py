@@ -1,0 +1,172 @@
+"""Nodes of a cluster inside the test's process, and a real Valkey or Redis beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+
+from kvpool.arena import PageArena
+from kvpool.cluster.agent import NodeAgent
+from kvpool.cluster.directory import Directory
+from kvpool.cluster.tasks import end
+from kvpool.core import PoolCore
+from kvpool.keys import KeyChain, Namespace
+from kvpool.server import PoolServer
+from kvtransport.buffers import Arena, PageList
+from kvtransport.endpoint import Endpoint, EndpointConfig
+from kvtransport.flow.spilling import SpillPolicy
+from kvtransport.layout import CacheLayout, Extent
+from kvtransport.manifest import Manifest, new_transfer_id
+from tests.poolkit import LAYOUTS, content
+
+STEP = 16
+TTL_S = 0.6
+"""Short, so that deaths are seen within a test."""
+CUT = CacheLayout("no windows", tuple(g for g in LAYOUTS["everything"].groups if g.window is None))
+WINDOWS = LAYOUTS["hybrid"]
+
+
+def free_port() -> int:
+    """A port below the ephemeral range, so that nobody's outgoing connection takes it meanwhile."""
+    for port in range(21_000, 29_000):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", (port + time.time_ns()) % 8_000 + 21_000))
+            return int(probe.getsockname()[1])
+    raise RuntimeError("no free port")
+
+
+class Server:
+    """A Valkey or Redis on loopback, without persistence. Missing is an error: `.ci/run` installs one."""
+
+    def __init__(self, *arguments: str) -> None:
+        program = shutil.which("valkey-server") or shutil.which("redis-server")
+        if program is None:
+            raise RuntimeError("neither valkey-server nor redis-server is installed: apt-get install redis-server")
+        self.program = program
+        self.arguments = arguments
+        self.port = free_port()
+        self.folder = tempfile.mkdtemp(prefix="kvpool-valkey-")
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        command = [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.folder]
+        command += ["--save", "", "--appendonly", "no", *self.arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return
+            time.sleep(0.02)
+        raise RuntimeError(f"{self.program} did not start")
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def command(self, *words: str) -> str:
+        """One command over a plain connection; the raw reply."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+            connection.sendall((" ".join(words) + "\r\n").encode())
+            return connection.recv(1 << 20).decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def running(*arguments: str) -> Iterator[Server]:
+    server = Server(*arguments)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+class Node:
+    """One kvpoold's insides."""
+
+    def __init__(self, name: str, *, cluster: str = "a", pages: int = 4096, page_bytes: int = 1024) -> None:
+        self.name, self.cluster = name, cluster
+        self.pages, self.page_bytes = pages, page_bytes
+
+    async def start(self, directory: Directory | None, port: int = 0) -> Node:
+        self.arena = PageArena(Arena(self.pages * self.page_bytes, lock="off", cuda="off", huge="off"), self.page_bytes)
+        self.core = PoolCore(self.arena, clock=time.monotonic)
+        config = EndpointConfig(spill=SpillPolicy(budget_bytes=0), keepalive_s=0.2, dead_after_s=1.0, reconnect_s=0.3)
+        self.endpoint = Endpoint(config)
+        self.server = PoolServer(self.endpoint, self.core)
+        self.agent = NodeAgent(
+            self.endpoint,
+            self.core,
+            node=self.name,
+            cluster=self.cluster,
+            capacity=self.arena.total_bytes,
+            clock=time.monotonic,
+        )
+        host, self.port = await self.endpoint.listen("127.0.0.1", port)
+        self.address = f"{host}:{self.port}"
+        if directory is not None:
+            await self.agent.join(directory, self.address, ttl_s=TTL_S)
+        return self
+
+    async def announced(self) -> None:
+        """Wait until everything has been announced."""
+        async with asyncio.timeout(5):
+            while self.agent.announcer.pending:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)
+
+    async def stop(self, *, leave: bool = True) -> None:
+        """Shut down; without ``leave`` as a crash would."""
+        if leave:
+            await self.agent.leave()
+        else:
+            await end(self.agent._tasks)
+        await self.server.close()
+        await self.endpoint.close()
+        self.arena.close()
+
+
+def manifest_of(ns: Namespace, boundary: int, *, start: int = 0, checkpoints: Sequence[int] = ()) -> Manifest:
+    return Manifest.of_layout(
+        ns.layout,
+        boundary,
+        transfer=new_transfer_id(),
+        start=start,
+        checkpoints=checkpoints,
+        block_tokens=ns.block_tokens,
+    )
+
+
+async def put(pool, ns: Namespace, tokens: Sequence[int], boundary: int, **options) -> None:
+    """One sealed put of the right bytes."""
+    outgoing = await pool.put(ns, KeyChain(ns, tokens), boundary=boundary, **options)
+    for extent in outgoing.manifest.extents:
+        outgoing.ready(extent.layer, extent.tensor, PageList.of(content(extent, tokens)))
+    await outgoing.seal()
+
+
+async def get(pool, ns: Namespace, tokens: Sequence[int], boundary: int, *, start: int = 0, **options) -> None:
+    """One get whose bytes are checked."""
+    manifest = manifest_of(ns, boundary, start=start)
+    into = {slot: PageList.of(bytearray(e.nbytes)) for slot, e in manifest.by_slot.items()}
+    incoming = await pool.get(ns, KeyChain(ns, tokens), boundary=boundary, start=start, into=into, **options)
+    order = [layer async for layer in incoming.layers()]
+    await incoming.sealed()
+    assert sorted(order) == sorted(manifest.layers)
+    check(into, manifest.extents, tokens)
+
+
+def check(into, extents: Sequence[Extent], tokens: Sequence[int]) -> None:
+    for extent in extents:
+        got = into[extent.layer, extent.tensor].tobytes()
+        assert got == content(extent, tokens), f"layer {extent.layer} tensor {extent.tensor}"

@@ -33,7 +33,7 @@ SETTLED_S = 1.0
 
 def resumable(error: KVError) -> bool:
     """Whether another connection may do better: not when a side broke the protocol, it would do so again."""
-    return error.fault is Fault.NETWORK or isinstance(error, (PeerLostError, PeerFrozenError))
+    return (error.fault is Fault.NETWORK or error.retryable) and not isinstance(error, IncarnationError)
 
 
 class Reconnect:

@@ -411,9 +411,10 @@ class Sender:
         unit = chunk.unit
         n = chunk.stop - chunk.start
         self._inflight_bytes -= n
-        if chunk.on is not None and chunk.on.sending is not None and chunk.on.sending.key is chunk:
-            # Half sent again although an earlier copy arrived: its source is about to be given back.
-            chunk.on.void_outgoing()
+        # Half sent although another copy arrived, earlier or later: its source is about to be given back.
+        for connection in list(self._link.connections) if chunk.attempt else filter(None, [chunk.on]):
+            if connection.sending is not None and connection.sending.key is chunk:
+                connection.void_outgoing()
         unit.unacked -= n
         left = self._unacked_by_layer[unit.layer] = self._unacked_by_layer[unit.layer] - n
         if left == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from kvtransport import spill
@@ -144,3 +145,38 @@ async def test_no_memory_to_spill_into_costs_the_spilling_and_nothing_else(monke
         await asyncio.gather(sender.seal(), receiver.sealed())
         assert target.bytes() == source.bytes()
         assert sender.stats.spilled_bytes == 0
+
+
+async def test_a_source_is_not_read_for_an_old_copy_once_a_new_one_is_acknowledged(hybrid, make_manifest):
+    """A chunk stands half sent on one connection, is asked for again, and arrives over another: its memory is given back."""
+    network = MemoryNetwork()
+    config = EndpointConfig(chunk_bytes=1 << 20, spill=SpillPolicy(budget_bytes=0))
+    async with Endpoint(config, network=network) as producer, Endpoint(config, network=network) as consumer:
+        link = await producer.connect(*await consumer.listen(), connections=2)
+        manifest = make_manifest(4000)
+        source, target = Cache(manifest, seed=1), Cache(manifest, blank=True)
+        receiver = consumer.expect(manifest.transfer, Expectation(grant=lambda m: target.pages, layout=hybrid))
+        sender = link.open(manifest)
+        await sender.accepted()
+        for stream, _ in network.streams:
+            stream.hold(True)
+        size = manifest.extent(5, 0).nbytes
+        unit = sender.ready(5, 0, source.pages[5, 0])
+        while not all(c.sending for c in link.connections):
+            await asyncio.sleep(0)
+        first, second = link.connections
+        network.streams[1][0].hold(False)
+        receiver._ask([(5, 0, 0, size)])
+        await asyncio.wait_for(unit.released(), 5)
+        assert receiver.stats.moved_bytes == size
+        base = source.pages[5, 0].base
+        np.asarray(base)[:] = 0xEE  # the caller's again
+        assert first.sending is not None
+        assert first.sending.pages.base is not base
+        network.streams[0][0].hold(False)
+        for slot, pages in source.pages.items():
+            if slot != (5, 0):
+                sender.ready(*slot, pages)
+        await asyncio.gather(sender.seal(), receiver.sealed())
+        assert target.bytes()[5, 0] == Cache(manifest, seed=1).bytes()[5, 0]
+        assert second in link.connections

@@ -1,13 +1,18 @@
 """Request traces with prefix structure: arrival times, lengths, and one id per block of the prompt.
 
-The format is Mooncake's (kvcache-ai/Mooncake, FAST25 release): JSON lines with ``timestamp`` (ms),
-``input_length``, ``output_length`` (tokens) and ``hash_ids``, equal ids being equal prefixes.
+Two formats of JSON lines, told apart by their fields, with ``input_length``, ``output_length`` (tokens) and ``hash_ids``:
+
+* Mooncake's (kvcache-ai/Mooncake, FAST25 release): ``timestamp`` in ms, blocks of 512 tokens, equal ids being equal prefixes,
+* Qwen-Bailian's (alibaba-edu/qwen-bailian-usagetraces-anon), known by its ``chat_id``: ``timestamp`` in s, blocks of 16 tokens, equal
+  ids being equal *contents* of a block: they are numbered anew by prefix here.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import lzma
+import tomllib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +26,9 @@ from kvtransport.errors import ConfigError
 from .profiles import Floats
 
 BLOCK_TOKENS = 512
-"""Tokens of one ``hash_ids`` entry in the public traces."""
+"""Tokens of one ``hash_ids`` entry in Mooncake's traces."""
+BAILIAN_BLOCK_TOKENS = 16
+"""The same in Qwen-Bailian's."""
 
 PACKAGED = resources.files(__package__) / "data" / "traces"
 
@@ -41,40 +48,60 @@ class Trace:
 
 
 def packaged_traces() -> list[str]:
-    return sorted(p.name.removesuffix(".jsonl.gz") for p in PACKAGED.iterdir() if p.name.endswith(".jsonl.gz"))
+    return sorted(p.name.removesuffix(".toml") for p in PACKAGED.iterdir() if p.name.endswith(".toml"))
 
 
-def load_trace(name: str, *, relative_to: Path | None = None, block_tokens: int = BLOCK_TOKENS) -> Trace:
-    """A trace by packaged name or path (``.jsonl`` or ``.jsonl.gz``). Raises ConfigError naming the line at fault."""
+def load_trace(name: str, *, relative_to: Path | None = None, block_tokens: int | None = None) -> Trace:
+    """A trace by packaged name or path (``.jsonl``, also ``.gz`` or ``.xz``). Raises ConfigError naming the line at fault."""
     path = (relative_to or Path()) / name
+    first: int | None = None
     try:
-        data = (PACKAGED / f"{name}.jsonl.gz").read_bytes() if name in packaged_traces() else path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        if name in packaged_traces():
+            about = tomllib.loads((PACKAGED / f"{name}.toml").read_text(encoding="utf-8"))
+            data, first = (PACKAGED / about["file"]).read_bytes(), about.get("first")
+        else:
+            data = path.read_bytes()
+        text = _unpacked(data).decode()
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         known = ", ".join(packaged_traces())
         raise ConfigError(f"no trace {name!r}: not packaged ({known}), and {path} is not readable ({error})") from error
-    return parse_trace(text, where=name, block_tokens=block_tokens)
+    lines = text.splitlines()
+    return parse_trace("\n".join(lines[:first]), where=name, block_tokens=block_tokens)
 
 
-def parse_trace(text: str, *, where: str, block_tokens: int = BLOCK_TOKENS) -> Trace:
-    """Read JSON lines; requests are sorted by time."""
+def _unpacked(data: bytes) -> bytes:
+    if data[:2] == b"\x1f\x8b":
+        return gzip.decompress(data)
+    return lzma.decompress(data) if data[:6] == b"\xfd7zXZ\x00" else data
+
+
+def parse_trace(text: str, *, where: str, block_tokens: int | None = None) -> Trace:
+    """Read JSON lines of either format; requests are sorted by time.
+
+    ``block_tokens`` (tokens of one id) is the format's by default: BLOCK_TOKENS, or BAILIAN_BLOCK_TOKENS.
+    """
     rows: list[tuple[float, float, float, tuple[int, ...]]] = []
+    prefixes: dict[tuple[int, int], int] = {}
+    size = block_tokens or BLOCK_TOKENS
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             tokens, output = float(row["input_length"]), float(row["output_length"])
-            rows.append((float(row["timestamp"]) / 1e3, tokens, output, tuple(int(h) for h in row["hash_ids"])))
+            ids, unit = tuple(int(h) for h in row["hash_ids"]), 1e3
+            if "chat_id" in row:
+                ids, unit, size = _of_prefixes(ids, prefixes), 1.0, block_tokens or BAILIAN_BLOCK_TOKENS
+            rows.append((float(row["timestamp"]) / unit, tokens, output, ids))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"trace {where}, line {number}: expected timestamp, input_length, output_length and hash_ids "
                 f"({type(error).__name__}: {error})"
             ) from error
-        if tokens <= 0 or output < 0 or len(rows[-1][3]) * block_tokens < tokens - block_tokens:
+        if tokens <= 0 or output < 0 or len(ids) * size < tokens - size:
             raise ConfigError(
                 f"trace {where}, line {number}: {tokens:g} input and {output:g} output tokens with "
-                f"{len(rows[-1][3])} blocks of {block_tokens} do not fit together"
+                f"{len(ids)} blocks of {size} do not fit together"
             )
     if not rows:
         raise ConfigError(f"trace {where}: no requests")
@@ -85,8 +112,17 @@ def parse_trace(text: str, *, where: str, block_tokens: int = BLOCK_TOKENS) -> T
         np.array([r[1] for r in rows]),
         np.maximum(np.array([r[2] for r in rows]), 1.0),
         tuple(r[3] for r in rows),
-        block_tokens,
+        size,
     )
+
+
+def _of_prefixes(contents: Sequence[int], known: dict[tuple[int, int], int]) -> tuple[int, ...]:
+    """Ids of whole prefixes from ids of blocks' contents, which say nothing of what stands before them."""
+    at, ids = -1, []
+    for content in contents:
+        at = known.setdefault((at, content), len(known))
+        ids.append(at)
+    return tuple(ids)
 
 
 class BlockCache:

@@ -14,9 +14,10 @@ from kvtransport.manifest import Manifest, new_transfer_id
 from kvtransport.receiver import Expectation, Receiver
 from kvtransport.sender import Sender
 
+from .admission import CheckpointHints
 from .keys import KeyChain, Namespace
 from .match import Explanation, Match
-from .messages import chain_to_wire, explanation_from_wire, match_from_wire
+from .messages import chain_to_wire, explanation_from_wire, hints_from_wire, match_from_wire
 from .protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
 
 Into = Mapping[tuple[int, int], PageList] | Callable[[Manifest], Mapping[tuple[int, int], PageList]]
@@ -66,6 +67,10 @@ class PoolClient:
 
     async def explain(self, ns: Namespace, chain: KeyChain) -> Explanation:
         return explanation_from_wire(await self.link.call("explain", self._about(ns, chain)))
+
+    async def checkpoint_hints(self, ns: Namespace, chain: KeyChain, insists: Iterable[int] = ()) -> CheckpointHints:
+        args = self._about(ns, chain, insists=sorted({*insists}))
+        return hints_from_wire(await self.link.call("checkpoint_hints", args))
 
     async def lease(self, ns: Namespace, chain: KeyChain, length: int, seconds: float) -> LeaseInfo:
         reply = await self.link.call("lease", self._about(ns, chain, length=length, seconds=seconds))

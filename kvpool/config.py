@@ -55,6 +55,8 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What is evicted first: marconi, lru, s3fifo, sieve or gdsf."""
     quotas: dict[str, str] = {}
     """Memory by tenant, as sizes."""
+    explain_tenants: bool = False
+    """Let explanations say that another tenant has the same tokens: for pools whose users may know of one another."""
     lock: bool = True
     """Lock the memory where the system allows it."""
 

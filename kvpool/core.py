@@ -14,15 +14,17 @@ from typing import Any
 from kvtransport.errors import KVError
 from kvtransport.layout import CacheLayout, Extent
 
+from .admission import CheckpointHints, plan_checkpoints
 from .arena import BlockClass, PageArena, Slab, Slabs
 from .deadlines import Deadlines, Lease
 from .errors import KeyChainError, LeaseError, MissError, NamespaceError, PoolLimitError, PrefixMissingError
-from .eviction import DEFAULT_POLICY, Eviction, GhostList, make_policy
+from .eviction import DEFAULT_POLICY, Eviction, GhostList, Policy, make_policy
+from .eviction.flops import FlopsModel
 from .flat import FlatGet, FlatPut, FlatShelf
 from .get import Get
 from .index import Nodes, Selection, Tree, Watcher
 from .keys import KeyChain, Namespace, check_flat_key, check_tenant
-from .match import Explanation, Ghost, Match, Reason, View, explain, match
+from .match import Explanation, Ghost, Match, Reason, View, explain, match, restorable
 from .memory import Memory
 from .placement import Blocks, Geometry, Held, page_lists, plan_put
 from .planning import follow, held_at
@@ -128,19 +130,62 @@ class PoolCore:
         tree = self._room(ns, chain).tree
         return tree.view(chain, tree.find(chain.blocks))
 
-    def explain(self, ns: Namespace, chain: KeyChain, limit: int | None = None) -> Explanation:
-        """Why :meth:`match` is as long as it is; touches nothing."""
+    def explain(
+        self, ns: Namespace, chain: KeyChain, limit: int | None = None, *, operator: bool = False
+    ) -> Explanation:
+        """Why :meth:`match` is as long as it is; touches nothing.
+
+        Only an ``operator`` is told that another tenant has the same tokens; to a tenant they were never stored.
+        """
         tree = self._room(ns, chain).tree
         view = tree.view(chain, tree.find(chain.blocks))
 
         def ghost(group: int, position: int) -> Ghost | None:
             return tree.ghost(group, chain.key_at(position)) if 0 < position <= chain.tokens else None
 
-        others = [
-            r.tree for r in self._rooms.values() if r.tree is not tree and r.tree.tenant == ns.tenant and len(r.tree)
-        ]
-        elsewhere = any(len(o.find([key])) for o in others if (key := chain.first_block_in(o.ns)) is not None)
+        others = {
+            r.tree.tenant == ns.tenant
+            for r in self._rooms.values()
+            if r.tree is not tree
+            and (operator or r.tree.tenant == ns.tenant)
+            and len(r.tree)
+            and (key := chain.first_block_in(r.tree.ns)) is not None
+            and len(r.tree.find([key]))
+        }
+        elsewhere = None
+        if others:
+            elsewhere = Reason.OTHER_FINGERPRINT if True in others else Reason.OTHER_TENANT
         return explain(view, self._limit(chain, limit), self.clock(), ghost, elsewhere=elsewhere)
+
+    @property
+    def policy(self) -> Policy:
+        """What decides who is evicted."""
+        return self._eviction.policy
+
+    def use_flops(self, ns: Namespace, flops: FlopsModel) -> None:
+        """Have ``flops`` say what prefixes of ``ns`` save (default: estimated from its layout)."""
+        self._room(ns, None).tree.flops = flops
+
+    def checkpoint_hints(self, ns: Namespace, chain: KeyChain, insists: Iterable[int] = ()) -> CheckpointHints:
+        """Where states of ``chain`` are worth taking, before it is prefilled (see :mod:`kvpool.admission`); touches nothing.
+
+        ``insists``: lengths the engine wants in any case.
+        """
+        tree = self._room(ns, chain).tree
+        path, step = tree.find(chain.blocks), ns.block_tokens
+        view = tree.view(chain, path)
+        full = len(path) if tree.full is None else int(view.resident[tree.units[tree.full][0]].sum())
+        return plan_checkpoints(
+            tree.rules,
+            step,
+            chain.tokens,
+            known=len(path) * step,
+            branches=tree.branches_after(path),
+            restorable=restorable(view),
+            resident=full * step,
+            off_grid=not chain.opaque,
+            insists=insists,
+        )
 
     # -- putting -----------------------------------------------------------------------------------
 

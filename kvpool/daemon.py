@@ -97,7 +97,7 @@ async def run(config: DaemonConfig) -> bool:
         spill=SpillPolicy(budget_bytes=0),
     )
     endpoint = Endpoint(endpoint_config)
-    server = PoolServer(endpoint, core, window_bytes=config.window_bytes)
+    server = PoolServer(endpoint, core, window_bytes=config.window_bytes, explain_tenants=config.explain_tenants)
     stops = Stops(loop)
     # What was imported stays: full collections need not look at it again, and pause for what came since only.
     gc.collect()

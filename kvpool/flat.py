@@ -72,7 +72,7 @@ class FlatShelf:
         if entry is not None:
             entry.uses += 1
             uses = np.array([entry.uses], dtype=np.int32)
-            ranks = self._eviction.policy.rank(self._now(), uses, _UNKNOWN, 1)
+            ranks = self._eviction.policy.rank(self._now(), uses, _UNKNOWN, 0)
             if ranks is not None:
                 entry.rank = float(ranks[0])
         return entry
@@ -81,7 +81,7 @@ class FlatShelf:
         """Store an object in the place of any older one."""
         self.drop(key)
         pages = np.array([len(slab.pages)], dtype=np.int32)
-        rank = float(self._eviction.policy.first_rank(self._now(), _UNKNOWN, pages, 1)[0])
+        rank = float(self._eviction.policy.first_rank(self._now(), _UNKNOWN, pages, 0)[0])
         entry = FlatEntry(key, slab, checksum, self._next, rank)
         self._next += 1
         self._by_key[key] = self._by_number[entry.number] = entry

@@ -89,7 +89,8 @@ class Tree:
         self.group_pages = [0] * len(self.rules)
         self._eviction, self._ghosts, self._free, self._clock = eviction, ghosts, free, clock
         self._policy = eviction.policy
-        self._flops = FlopsModel(ns.layout)
+        self.flops = FlopsModel(ns.layout)
+        """What a prefix saves."""
         self._arena = arena
         self._page_bytes = arena.page_bytes
         self._group_bytes = geometry.group_bytes
@@ -108,6 +109,7 @@ class Tree:
             "_children": Column(np.int32),
             "_with_tails": Column(np.bool_),
             "_turn": Column(np.int32),
+            "_kind": Column(np.int16),
             # by unit
             "_resident": Column(np.bool_, units),
             "_queued": Column(np.bool_, units),
@@ -155,6 +157,10 @@ class Tree:
         right[:1] &= self._parent[nodes[:1]] == ROOT
         right[1:] &= self._parent[nodes[1:]] == nodes[:-1]
         return nodes if right.all() else nodes[: int(np.argmin(right))]
+
+    def branches_after(self, path: Nodes) -> bool:
+        """Whether something follows the last node of ``path`` (False at the root: nothing comes before it)."""
+        return bool(len(path)) and bool(self._children[path[-1]])
 
     def find_tail(self, chain: KeyChain, position: int, path: Nodes) -> int | None:
         """The node of the off-grid checkpoint at ``position``, given the path of the blocks before it."""
@@ -236,24 +242,22 @@ class Tree:
 
     # -- recency and pins ------------------------------------------------------------------------
 
-    def touch(self, selection: Selection, *, turn: int | None = None, used: bool = False) -> None:
+    def touch(self, selection: Selection, *, used: bool = False) -> None:
         """Make ``selection`` the most recently used, what is nearer to the root more so.
 
-        ``used`` counts as a use of what is in it. ``turn`` is that of the sequence (see :meth:`turn_after`; default: one
-        that continues the selection).
+        ``used`` counts as a use of what is in it.
         """
         longest = max((len(nodes) for _, nodes in selection), default=0)
         if not longest:
             return
         base = self._eviction.tick(longest + 1)
-        if turn is None:
-            last = max((nodes for _, nodes in selection if len(nodes)), key=lambda n: int(self._position[n[-1]]))
-            turn = self.turn_after(last)
+        last = max((nodes[-1] for _, nodes in selection if len(nodes)), key=lambda n: int(self._position[n]))
+        kind = int(self._kind[last])
         for unit, nodes in selection:
             if used:
                 self._uses[unit, nodes] += 1
             touches = base + np.arange(len(nodes) - 1, -1, -1)
-            ranks = self._policy.rank(touches, self._uses[unit, nodes], self._value[unit, nodes], turn)
+            ranks = self._policy.rank(touches, self._uses[unit, nodes], self._value[unit, nodes], kind)
             if ranks is not None:
                 self._rank[unit, nodes] = ranks
 
@@ -340,6 +344,8 @@ class Tree:
         node = int(self._new_nodes([key])[0])
         self._parent[node], self._position[node] = parent, position
         self._turn[node] = 1 if parent == ROOT else self._turn[parent]
+        added = self._policy.kind_of(1, position)
+        self._kind[node] = added if parent == ROOT else self._kind[parent]
         if parent != ROOT:
             self._children[parent] += 1
             self._with_tails[parent] = True
@@ -348,7 +354,7 @@ class Tree:
         return node
 
     def _take_turns(self, keys: Sequence[bytes], path: Nodes, first: int) -> None:
-        """The turns of the new nodes ``path[first:]``; those of nodes that were evicted lately are remembered."""
+        """Turns and kinds of the new nodes ``path[first:]``; the turns of nodes that were evicted lately are remembered."""
         turn, unit = self.turn_after(path[:first]), 0 if self.full is None else self.full
         at = first
         while at < len(keys) and (ghost := self._ghosts.get(self.number, unit, keys[at])) is not None:
@@ -356,6 +362,9 @@ class Tree:
             turn = ghost.turn + 1
             at += 1
         self._turn[path[at:]] = turn
+        self._kind[path[first:]] = self._policy.kind_of(
+            int(self._turn[path[-1]]), (len(keys) - at) * self.ns.block_tokens
+        )
 
     def place(self, unit: int, nodes: Nodes, slabs: Sequence[Slabs], path: Nodes = _NO_NODES) -> list[Slabs]:
         """Make ``slabs[i][j]`` (group ``units[unit][i]``, node ``nodes[j]``) resident; returns those of nodes that have them already.
@@ -381,7 +390,7 @@ class Tree:
         self._value[unit, fresh] = self._saved(unit, fresh, path) / (self._pages[unit, fresh] * self._page_bytes)
         touches = self._eviction.tick(len(fresh) + 1) + np.arange(len(fresh) - 1, -1, -1)
         self._rank[unit, fresh] = self._policy.first_rank(
-            touches, self._value[unit, fresh], self._pages[unit, fresh], int(self._turn[fresh[-1]])
+            touches, self._value[unit, fresh], self._pages[unit, fresh], int(self._kind[fresh[-1]])
         )
         self.unpinned_pages += pages * len(fresh)
         if len(self._ghosts):
@@ -400,23 +409,38 @@ class Tree:
         stops = self._position[nodes].astype(np.int64)
         if unit == self.full:
             step = self.ns.block_tokens
-            return self._flops.upto(stops) - self._flops.upto(np.maximum(0, (stops - 1) // step * step))
+            return self.flops.upto(stops) - self.flops.upto(np.maximum(0, (stops - 1) // step * step))
         ends = self._position[path[self._resident[unit, path]]].astype(np.int64)
         gap = 0 if unit == self.state else self.ns.block_tokens
-        return self._flops.between_checkpoints(stops, ends, gap)
+        return self.flops.between_checkpoints(stops, ends, gap)
 
     def stored(self, path: Nodes) -> None:
         """Everything of a sequence along ``path`` is placed: demote what it supersedes, tell a policy that learns."""
         if not len(path):
             return
-        ends = [np.flatnonzero(self._resident[u, path]) for u in self._ends]
-        for unit, at in zip(self._ends, ends, strict=True):
-            older = path[at[-2]] if len(at) > 1 else ROOT
-            if older != ROOT and self._children[older] <= 1 and self.rules[self.units[unit][0]].window is None:
-                rank = float(self._rank[unit, older])
-                self._demote(unit, int(older), self._policy.superseded(rank))
+        for unit in self._ends:
+            for node in self._superseded(unit, path):
+                self._demote(unit, node, self._policy.superseded(float(self._rank[unit, node])))
         if self._policy.learns and self.full is not None:
             self._policy.learn(self._describe(path, self.full))
+
+    def _superseded(self, unit: int, path: Nodes) -> list[int]:
+        """What served the last checkpoint but one of ``path``, if its sequence only went on from there: a state, or a window's blocks."""
+        window = self.rules[self.units[unit][0]].window
+        need = 1 if window is None else -(-(window - 1) // self.ns.block_tokens)
+        at = np.flatnonzero(self._resident[unit, path])
+        if not len(at):
+            return []
+        at = at[at <= at[-1] - need]
+        if not len(at) or self._children[path[at[-1]]] > 1:
+            return []
+        older: list[int] = path[at[at > at[-1] - need]].tolist()
+        return older
+
+    def _added(self, path: Nodes) -> int:
+        """How many blocks of ``path`` were known before the sequence that grew it last: all of its own have one turn."""
+        turns = self._turn[path]
+        return len(path) - int(np.argmin(np.append(turns[::-1] == turns[-1], False)))
 
     def _describe(self, path: Nodes, full: int) -> Stored:
         """The sequence as a policy that learns sees it."""
@@ -431,9 +455,10 @@ class Tree:
             end_pages=pages.sum(axis=0),
             end_values=values,
             needs_ends=bool(self._ends),
-            flops=self._flops,
+            flops=self.flops,
             page_bytes=self._page_bytes,
-            turn=int(self._turn[path[-1]]),
+            added=self._added(path),
+            kind=int(self._kind[path[-1]]),
         )
 
     def prune(self, node: int) -> None:
@@ -623,6 +648,7 @@ class Tree:
         self._children: NDArray[np.int32] = rows["_children"]
         self._with_tails: NDArray[np.bool_] = rows["_with_tails"]
         self._turn: NDArray[np.int32] = rows["_turn"]
+        self._kind: NDArray[np.int16] = rows["_kind"]
         self._resident: NDArray[np.bool_] = rows["_resident"]
         self._queued: NDArray[np.bool_] = rows["_queued"]
         self._pins: NDArray[np.int32] = rows["_pins"]

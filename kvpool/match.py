@@ -158,6 +158,8 @@ class Reason(StrEnum):
     """The blocks go on, but no exact state was taken further on."""
     OTHER_FINGERPRINT = "other_fingerprint"
     """The same tokens are here under another layout, revision, dtype, block size or salt of the same tenant."""
+    OTHER_TENANT = "other_tenant"
+    """Another tenant has the same tokens: said to operators only, since tenants must not learn of one another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,15 +221,20 @@ class Explanation:
         return "\n".join(lines)
 
 
+_ELSEWHERE = {
+    Reason.OTHER_FINGERPRINT: "the same tokens are stored under another layout, revision, dtype, block size or salt",
+    Reason.OTHER_TENANT: "the same tokens are stored by another tenant",
+}
+
 GhostLookup = Callable[[int, int], Ghost | None]
 """(group, position in tokens at the end of the block or checkpoint) -> what was evicted there."""
 
 
-def explain(view: View, limit: int, now: float, ghost: GhostLookup, *, elsewhere: bool = False) -> Explanation:
+def explain(view: View, limit: int, now: float, ghost: GhostLookup, *, elsewhere: Reason | None = None) -> Explanation:
     """Explain the match of ``view`` up to ``limit`` tokens.
 
-    ``elsewhere`` says that the same first block is stored under another fingerprint *of the same tenant*; other
-    tenants' content must look like nothing at all here.
+    ``elsewhere`` says that the same first block is stored under another fingerprint of the same tenant, or (to operators
+    only) by another tenant.
     """
     found = match(view, limit)
     groups = tuple(_explain_group(view, g, found, now, ghost, elsewhere) for g in range(len(view.rules)))
@@ -245,7 +252,9 @@ def _last_endpoint(view: View, limit: int) -> int:
     return limit // view.block_tokens * view.block_tokens
 
 
-def _explain_group(view: View, group: int, found: Match, now: float, ghost: GhostLookup, elsewhere: bool) -> GroupReach:
+def _explain_group(
+    view: View, group: int, found: Match, now: float, ghost: GhostLookup, elsewhere: Reason | None
+) -> GroupReach:
     rule, step = view.rules[group], view.block_tokens
     reach = found.reach[rule.name]
     if reach >= _last_endpoint(view, found.limit):
@@ -270,9 +279,8 @@ def _explain_group(view: View, group: int, found: Match, now: float, ghost: Ghos
     gone = ghost(group, position)
     if gone is not None:
         return GroupReach(rule.name, rule.kind, reach, Reason.EVICTED, missing * step, _gone(gone, now, position))
-    if missing == 0 and elsewhere:
-        detail = "the same tokens are stored under another layout, revision, dtype, block size or salt"
-        return GroupReach(rule.name, rule.kind, reach, Reason.OTHER_FINGERPRINT, 0, detail)
+    if missing == 0 and elsewhere is not None:
+        return GroupReach(rule.name, rule.kind, reach, elsewhere, 0, _ELSEWHERE[elsewhere])
     return GroupReach(rule.name, rule.kind, reach, Reason.NEVER_STORED, missing * step)
 
 

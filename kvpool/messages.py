@@ -10,6 +10,7 @@ import numpy as np
 from kvtransport.errors import ProtocolError
 from kvtransport.layout import GroupKind
 
+from .admission import CheckpointHints
 from .errors import NamespaceError
 from .keys import KeyChain, Namespace
 from .match import Explanation, GroupReach, Match, Reason
@@ -65,6 +66,16 @@ def match_from_wire(body: Mapping[str, Any]) -> Match:
         return Match(int(body["length"]), tuple(int(n) for n in body["restorable"]), reach, int(body["limit"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ProtocolError(f"not a match: {type(error).__name__} {error}") from error
+
+
+def hints_from_wire(body: Mapping[str, Any]) -> CheckpointHints:
+    """Inverse of :meth:`CheckpointHints.as_dict`; raises ProtocolError for a malformed answer."""
+    try:
+        branch, last = (None if body[name] is None else int(body[name]) for name in ("branch", "last"))
+        lengths = tuple(int(n) for n in body["lengths"])
+        return CheckpointHints(lengths, branch, last, int(body["restorable"]), int(body["start"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"not checkpoint hints: {type(error).__name__} {error}") from error
 
 
 def explanation_from_wire(body: Mapping[str, Any]) -> Explanation:

@@ -13,6 +13,7 @@ from kvtransport.errors import KVError, TransferCancelledError
 from kvtransport.layout import CacheLayout
 from kvtransport.manifest import new_transfer_id
 
+from .admission import CheckpointHints
 from .arena import PageArena
 from .core import PoolCore
 from .embedded import EmbeddedGet, EmbeddedPut
@@ -142,6 +143,10 @@ class Pool:
     async def explain(self, ns: Namespace, chain: KeyChain) -> Explanation:
         self._check(ns)
         return self.core.explain(ns, chain)
+
+    async def checkpoint_hints(self, ns: Namespace, chain: KeyChain, insists: Iterable[int] = ()) -> CheckpointHints:
+        self._check(ns)
+        return self.core.checkpoint_hints(ns, chain, insists)
 
     async def put(
         self,

@@ -10,6 +10,7 @@ from kvtransport.buffers import PageList
 from kvtransport.layout import CacheLayout
 from kvtransport.transfer import IncomingTransfer, OutgoingTransfer
 
+from .admission import CheckpointHints
 from .keys import KeyChain, Namespace
 from .match import Explanation, Match
 
@@ -43,6 +44,12 @@ class PoolProtocol(Protocol):
 
     async def explain(self, ns: Namespace, chain: KeyChain) -> Explanation:
         """Why the match is as long as it is."""
+
+    async def checkpoint_hints(self, ns: Namespace, chain: KeyChain, insists: Iterable[int] = ()) -> CheckpointHints:
+        """At which lengths a state of ``chain`` is worth taking; ask before prefill. See :mod:`kvpool.admission`.
+
+        ``insists``: lengths the engine wants in any case.
+        """
 
     async def put(
         self,

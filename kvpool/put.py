@@ -71,7 +71,7 @@ class Put:
         self.followers: list[Get] = []
         self._core = core
         self._room = room
-        self._verified = {slot: RangeSet(max_ranges=65_536) for slot in self.extents}
+        self._verified: dict[Slot, RangeSet] = {}
         self._open_bytes = sum(e.nbytes for e in extents)
         self._listeners: list[Progress] = []
         # What it holds, set by the core right after making it.
@@ -129,7 +129,10 @@ class Put:
             raise ManifestError(f"bytes {start}..{stop} of layer {layer} tensor {tensor}: that extent is {has}")
         if start == stop:
             return 0
-        new = self._verified[layer, tensor].add(start, stop)
+        ranges = self._verified.get((layer, tensor))
+        if ranges is None:
+            ranges = self._verified[layer, tensor] = RangeSet(max_ranges=65_536)
+        new = ranges.add(start, stop)
         self._open_bytes -= new
         for listener in tuple(self._listeners):
             listener(layer, tensor, start, stop)
@@ -137,7 +140,7 @@ class Put:
 
     def verified(self, slot: Slot) -> list[tuple[int, int]]:
         """Byte ranges of an extent that are in place."""
-        return list(self._verified[slot])
+        return list(self._verified.get(slot, ()))
 
     def missing(self) -> list[tuple[int, int, int, int]]:
         """(layer, tensor, start, stop) of what is not in place yet."""
@@ -146,8 +149,12 @@ class Put:
         return [
             (*slot, low, high)
             for slot, extent in self.extents.items()
-            for low, high in self._verified[slot].missing(0, extent.nbytes)
+            for low, high in self._verified.get(slot, RangeSet()).missing(0, extent.nbytes)
         ]
+
+    def complete_without_bytes(self) -> None:
+        """Count everything as in place: for a pool that keeps accounts and no bytes (see :mod:`kvpool.replay`)."""
+        self._open_bytes = 0
 
     def subscribe(self, listener: Progress) -> Callable[[], None]:
         """Call ``listener`` at every progress from now on; returns what ends it."""
@@ -280,7 +287,7 @@ class Put:
                 placed.append((unit, nodes))
         self.held = {}
         if tree.full is not None and len(path):
-            tree.touch([(tree.full, path)], turn=int(tree.turn_after(path)) - 1)
+            tree.touch([(tree.full, path)])
         tree.stored(path)
         if self.followers:
             # They may read what was placed: it stays until they are done, and so does the path that leads to it.

@@ -48,10 +48,16 @@ class Session:
 
 
 class PoolServer:
-    """Serves ``core`` on ``endpoint``. Belongs to the endpoint's event loop."""
+    """Serves ``core`` on ``endpoint``. Belongs to the endpoint's event loop.
 
-    def __init__(self, endpoint: Endpoint, core: PoolCore, *, window_bytes: int = 64 << 20) -> None:
+    ``explain_tenants``: explanations may say that another tenant has the same tokens.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, core: PoolCore, *, window_bytes: int = 64 << 20, explain_tenants: bool = False
+    ) -> None:
         self.core = core
+        self._explain_tenants = explain_tenants
         self._endpoint = endpoint
         self._window = window_bytes
         self._sessions: dict[Link, Session] = {}
@@ -64,6 +70,7 @@ class PoolServer:
             "namespace": self._namespace,
             "match": self._match,
             "explain": self._explain,
+            "checkpoint_hints": self._checkpoint_hints,
             "put": self._put,
             "get": self._get,
             "lease": self._lease,
@@ -160,7 +167,14 @@ class PoolServer:
         ns = args.namespace(session.namespaces)
         chain = chain_from_wire(ns, args.get("chain", dict))
         assert chain is not None
-        return self.core.explain(ns, chain, args.get("limit", (int, type(None)), None)).as_dict()
+        limit = args.get("limit", (int, type(None)), None)
+        return self.core.explain(ns, chain, limit, operator=self._explain_tenants).as_dict()
+
+    async def _checkpoint_hints(self, session: Session, args: Args) -> dict[str, Any]:
+        ns = args.namespace(session.namespaces)
+        chain = chain_from_wire(ns, args.get("chain", dict))
+        assert chain is not None
+        return self.core.checkpoint_hints(ns, chain, args.integers("insists")).as_dict()
 
     async def _exists(self, session: Session, args: Args) -> dict[str, Any]:
         return {"found": self.core.exists(session.tenant, args.key_list())}

@@ -10,6 +10,7 @@ from kvtransport.endpoint import EndpointConfig
 from kvtransport.layout import CacheLayout
 from kvtransport.sync import LoopThread, SyncIncoming, SyncOutgoing, loop_thread
 
+from .admission import CheckpointHints
 from .client import connect as connect_async
 from .keys import KeyChain, Namespace
 from .match import Explanation, Match
@@ -49,6 +50,9 @@ class SyncPool:
 
     def explain(self, ns: Namespace, chain: KeyChain) -> Explanation:
         return self._run(self._pool.explain(ns, chain))
+
+    def checkpoint_hints(self, ns: Namespace, chain: KeyChain, insists: Iterable[int] = ()) -> CheckpointHints:
+        return self._run(self._pool.checkpoint_hints(ns, chain, insists))
 
     def put(
         self,

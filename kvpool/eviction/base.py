@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +83,7 @@ class Stored:
 
     ``keys`` name the segments for as long as the process lives; ``pages``, ``tokens`` and ``value`` (as in :meth:`Policy.rank`)
     are by segment. ``ends`` are (segment index, pages, value) of its checkpoints; ``needs_ends`` says whether it can be
-    restored at checkpoints only. ``turn`` as in :meth:`Policy.rank`.
+    restored at checkpoints only. Segments from ``added`` on were new. ``kind`` as in :meth:`Policy.kind_of`.
     """
 
     keys: Sequence[tuple[int, bytes]]
@@ -92,7 +92,8 @@ class Stored:
     tokens: Sequence[int]
     ends: Sequence[tuple[int, int, float]]
     needs_ends: bool
-    turn: int
+    added: int
+    kind: int
 
 
 class Policy(Protocol):
@@ -112,14 +113,20 @@ class Policy(Protocol):
     def order(self) -> Order:
         """The order of one more tenant."""
 
-    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], turn: int) -> Floats | None:
-        """Ranks of entries touched at ``touches`` (ticks); None keeps those they have.
+    def kind_of(self, turn: int, added_tokens: int) -> int:
+        """A number (below 32,768) for a kind of sequence, given back to :meth:`rank`; 0 is for what belongs to none.
 
-        ``uses`` counts uses since the entries were placed; ``value`` is the FLOPs a hit saves relative to the entry's parent
-        over its bytes (NaN: unknown); ``turn`` how many sequences continued one another up to this use (1: a new one).
+        ``turn``: how many sequences continued one another up to it (1: a new one); ``added_tokens``: what it added.
         """
 
-    def first_rank(self, touches: Ticks, value: NDArray[np.float32], pages: NDArray[np.int32], turn: int) -> Floats:
+    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], kind: int) -> Floats | None:
+        """Ranks of entries of a sequence of ``kind`` touched at ``touches`` (ticks); None keeps those they have.
+
+        ``uses`` counts uses since the entries were placed; ``value`` is the FLOPs a hit saves relative to the entry's parent
+        over its bytes (NaN: unknown).
+        """
+
+    def first_rank(self, touches: Ticks, value: NDArray[np.float32], pages: NDArray[np.int32], kind: int) -> Floats:
         """Ranks of entries of ``pages`` pages that were just placed; the rest as in :meth:`rank`."""
 
     def superseded(self, rank: float) -> float:
@@ -130,3 +137,6 @@ class Policy(Protocol):
 
     def learn(self, sequence: Stored) -> None:
         """A sequence was stored."""
+
+    def describe(self) -> dict[str, Any]:
+        """What it has learnt, for people: plain values by name."""

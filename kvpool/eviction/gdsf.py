@@ -24,16 +24,16 @@ class Gdsf(Lru):
         self._sum = 0.0
         self._count = 0
 
-    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], turn: int) -> Floats | None:
+    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], kind: int) -> Floats | None:
         mean = self._sum / self._count if self._count and self._sum else 1.0
         cost = np.nan_to_num(value.astype(np.float64) / mean, nan=1.0)
         return self._inflation + (1.0 + uses) * cost
 
-    def first_rank(self, touches: Ticks, value: NDArray[np.float32], pages: NDArray[np.int32], turn: int) -> Floats:
+    def first_rank(self, touches: Ticks, value: NDArray[np.float32], pages: NDArray[np.int32], kind: int) -> Floats:
         known = value[np.isfinite(value)]
         self._sum += float(known.sum())
         self._count += len(known)
-        ranks = self.rank(touches, np.zeros(len(touches), np.int32), value, turn)
+        ranks = self.rank(touches, np.zeros(len(touches), np.int32), value, kind)
         assert ranks is not None
         return ranks
 

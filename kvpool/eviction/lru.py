@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +30,13 @@ class Lru:
     def order(self) -> Order:
         return HeapOrder(self._shelves)
 
-    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], turn: int) -> Floats | None:
+    def kind_of(self, turn: int, added_tokens: int) -> int:
+        return 0
+
+    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], kind: int) -> Floats | None:
         return touches.astype(np.float64)
 
-    def first_rank(self, touches: Ticks, value: NDArray[np.float32], pages: NDArray[np.int32], turn: int) -> Floats:
+    def first_rank(self, touches: Ticks, value: NDArray[np.float32], pages: NDArray[np.int32], kind: int) -> Floats:
         return touches.astype(np.float64)
 
     def superseded(self, rank: float) -> float:
@@ -43,3 +47,6 @@ class Lru:
 
     def learn(self, sequence: Stored) -> None:
         pass
+
+    def describe(self) -> dict[str, Any]:
+        return {}

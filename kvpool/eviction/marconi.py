@@ -1,13 +1,13 @@
-"""The default: recency, FLOPs saved per byte, and how long a conversation already is.
+"""The default: recency, FLOPs saved per byte, and how likely a sequence is to go on.
 
 After Marconi (MLSys 2025, arXiv 2411.19379; written from the paper): an entry's rank is its recency plus alpha times the FLOPs a hit
 saves relative to its parent, per byte; blocks and states stand in one ranking, interior nodes give up only their state, and alpha
 is tuned on-line by replaying what was asked for. Here the replay never stops (see :mod:`kvpool.eviction.shadow`), so there is no
-pause, and a new alpha applies to an entry when it is touched.
+pause, and new weights apply to an entry when it is touched.
 
-Beyond the paper: beta, the weight of an entry's *turn*. A sequence that continued another one, which continued another one,
-is far likelier to be continued again than a new one (on the Mooncake conversation trace 73% after eight turns, 32% after one);
-turns are remembered for a while after eviction, else memory too small for a conversation would never learn that it is one.
+Beyond the paper: beta, the weight of the odds that the sequence is continued (see :mod:`kvpool.eviction.continuing`). Where memory is
+scarce, recency alone evicts everything before anybody comes back; keeping fewer sequences for longer, those that are likely to
+go on, is worth several times the hits. Where there is room beta comes out small, and what is left is recency.
 
 All weights are in units of *span*: the ticks in which traffic fills the pool once.
 """
@@ -15,45 +15,46 @@ All weights are in units of *span*: the ticks in which traffic fills the pool on
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .base import FIRST, Floats, Stored, Ticks
+from .continuing import Continuing, kind_of
 from .lru import Lru
-from .shadow import Shadow
+from .shadow import Shadow, Shown
 
-MOST_TURNS = 8
-"""Longer conversations rank alike."""
-HALF_LIFE = 1_000
+HALF_LIFE = 2_000
 """Sequences after which what was learnt counts half."""
 WARM = 200
 """Sequences to see before the weights are changed."""
-SHADOW_PAGES = 1 << 19
-"""Larger pools replay a sample of the sequences against as much smaller shadows (as SHARDS does, FAST 2015)."""
-MARGIN = 1.01
+SHADOW_SEGMENTS = 1 << 15
+"""Larger pools replay a sample of the conversations against as much smaller shadows (as SHARDS does, FAST 2015)."""
+MARGIN = 1.005
 """Candidates must have saved so many times what the weights in use would have."""
+HORIZON_SPANS = 8
+"""Who is continued later than this counts as not continued."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """``alpha`` of FLOPs per byte (in doublings over the mean), ``beta`` of the turn; both in spans."""
+    """``alpha`` of FLOPs per byte, ``beta`` of the odds of going on (both in doublings over the mean); in spans."""
 
     alpha: float = 0.0
     beta: float = 0.0
 
 
-DEFAULT = Weights(0.0, 0.25)
+DEFAULT = Weights(0.0, 0.125)
 CANDIDATES = (
     Weights(0.0, 0.0),
-    Weights(0.0, 0.0625),
-    Weights(0.0, 0.25),
+    Weights(0.0, 0.125),
+    Weights(0.0, 0.5),
     Weights(0.0, 1.0),
-    Weights(0.0, 3.0),
-    Weights(0.125, 0.25),
-    Weights(-0.125, 0.25),
+    Weights(0.0, 2.5),
+    Weights(0.0, 5.0),
+    Weights(0.25, 2.5),
 )
 
 
@@ -61,6 +62,7 @@ class Marconi(Lru):
     """``tuned=False`` keeps ``weights``. ``candidates`` are replayed beside the pool, each on its own shadow."""
 
     name = "marconi"
+    learns = True
     orphans_first = True
 
     def __init__(
@@ -72,35 +74,43 @@ class Marconi(Lru):
     ) -> None:
         super().__init__()
         self.weights = weights
-        self.learns = tuned
+        self.tuned = tuned
         self._candidates = candidates
+        self._continuing = Continuing()
         self._shadows: list[Shadow] = []
         self._scores = np.zeros(len(candidates))
+        self._asked = 0.0
         self._seen = 0
+        self._share = 1.0
+        self._now = 0
         self._ticks = 0.0
         self._pages = 0.0
         self._logs = 0.0
         self._count = 0
 
-    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], turn: int) -> Floats | None:
+    def kind_of(self, turn: int, added_tokens: int) -> int:
+        return kind_of(turn, added_tokens)
+
+    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], kind: int) -> Floats | None:
         ranks = touches.astype(np.float64)
         w = self.weights
         if w.beta:
-            ranks += self.span * w.beta * min(turn, MOST_TURNS)
+            ranks += self.span * w.beta * self._continuing.odds(kind)
         if w.alpha:
             ranks += self.span * w.alpha * self._relative(value)
         return ranks
 
-    def first_rank(self, touches: Ticks, value: NDArray[np.float32], pages: NDArray[np.int32], turn: int) -> Floats:
+    def first_rank(self, touches: Ticks, value: NDArray[np.float32], pages: NDArray[np.int32], kind: int) -> Floats:
         known = value[np.isfinite(value) & (value > 0)]
         self._logs += float(np.log2(known).sum())
         self._count += len(known)
-        self._ticks += len(touches)
+        self._ticks += int(touches[0]) - self._now
         self._pages += float(pages.sum())
+        self._now = int(touches[0])
         if self._pages > 4 * self._capacity:
             self._pages /= 2
             self._ticks /= 2
-        ranks = self.rank(touches, np.zeros(0, np.int32), value, turn)
+        ranks = self.rank(touches, np.zeros(0, np.int32), value, kind)
         assert ranks is not None
         return ranks
 
@@ -113,18 +123,42 @@ class Marconi(Lru):
         return FIRST / 2
 
     def learn(self, sequence: Stored) -> None:
-        share = min(1.0, SHADOW_PAGES / self._capacity)
-        if zlib.crc32(sequence.keys[0][1]) >= share * (1 << 32):
+        horizon = max(self.span, float(len(sequence.keys))) * HORIZON_SPANS
+        tag = self._continuing.stored(sequence.keys, sequence.added, sequence.kind, self._now, horizon)
+        if not self.tuned:
             return
         if not self._shadows:
-            self._shadows = [Shadow(w.alpha, w.beta, int(self._capacity * share)) for w in self._candidates]
-        fade = 0.5 ** (1 / HALF_LIFE)
+            held = sum(sequence.pages) + sum(pages for _, pages, _ in sequence.ends)
+            self._share = min(1.0, SHADOW_SEGMENTS * held / len(sequence.keys) / self._capacity)
+            size = int(self._capacity * self._share)
+            self._shadows = [Shadow(w.alpha, w.beta, size) for w in self._candidates]
+        if tag < self._share * (1 << 32):
+            self._try_candidates(sequence)
+
+    def describe(self) -> dict[str, Any]:
+        tried = [
+            {"alpha": w.alpha, "beta": w.beta, "token_hit_rate": float(score) / self._asked if self._asked else 0.0}
+            for w, score in zip(self._candidates, self._scores, strict=True)
+        ]
+        chosen = {"alpha": self.weights.alpha, "beta": self.weights.beta, "tuned": self.tuned}
+        return {**chosen, "candidates": tried if self.tuned else []}
+
+    def _try_candidates(self, sequence: Stored) -> None:
+        """Replay the sequence on every shadow; take the weights of the best when it is better by the margin."""
         mean = self._logs / self._count if self._count else 0.0
-        relative = [math.log2(v) - mean if v > 0 else 0.0 for v in sequence.value]
-        ends = [(i, pages, math.log2(v) - mean if v > 0 else 0.0) for i, pages, v in sequence.ends]
-        turn = min(sequence.turn, MOST_TURNS)
+        shown = Shown(
+            [hash(key) for key in sequence.keys],
+            sequence.pages,
+            sequence.tokens,
+            [math.log2(v) - mean if v > 0 else 0.0 for v in sequence.value],
+            [(i, pages, math.log2(v) - mean if v > 0 else 0.0) for i, pages, v in sequence.ends],
+            sequence.needs_ends,
+            self._continuing.odds(sequence.kind),
+        )
+        fade = 0.5 ** (1 / HALF_LIFE)
+        self._asked = self._asked * fade + sum(sequence.tokens)
         for i, shadow in enumerate(self._shadows):
-            self._scores[i] = self._scores[i] * fade + shadow.request(sequence, relative, ends, turn)
+            self._scores[i] = self._scores[i] * fade + shadow.request(shown)
         self._seen += 1
         if self._seen >= WARM:
             best = int(np.argmax(self._scores))

@@ -77,7 +77,7 @@ class Sieve(Lru):
     def order(self) -> Order:
         return SieveOrder(self._shelves)
 
-    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], turn: int) -> Floats | None:
+    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], kind: int) -> Floats | None:
         return None
 
 
@@ -187,7 +187,7 @@ class S3Fifo(Lru):
     def order(self) -> Order:
         return S3FifoOrder(self._shelves, self._capacity)
 
-    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], turn: int) -> Floats | None:
+    def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], kind: int) -> Floats | None:
         return None
 
 

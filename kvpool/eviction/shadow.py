@@ -9,24 +9,40 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from .base import FIRST, Stored
+from .base import FIRST
 
-Key = tuple[int, bytes]
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One sequence as shadows see it: as :class:`kvpool.eviction.base.Stored`, with what all candidates share worked out.
+
+    ``keys`` are hashes of the segments' names. ``value`` and the values of ``ends`` are in doublings over the mean, ``odds`` how much
+    likelier than others (in doublings) the sequence is to be continued.
+    """
+
+    keys: Sequence[int]
+    pages: Sequence[int]
+    tokens: Sequence[int]
+    value: Sequence[float]
+    ends: Sequence[tuple[int, int, float]]
+    needs_ends: bool
+    odds: float
 
 
 class Shadow:
-    """One candidate's cache of ``capacity`` pages.
+    """One candidate's cache of ``capacity`` pages; ``alpha`` and ``beta`` as in :class:`kvpool.eviction.marconi.Weights`.
 
     Segments are rows of arrays: hundreds of thousands of objects would make the garbage collector pause.
     """
 
     def __init__(self, alpha: float, beta: float, capacity: int) -> None:
-        self.alpha, self.beta = alpha, beta
+        self._alpha, self._beta = alpha, beta
         self._capacity = capacity
         self._used = 0
-        self._rows: dict[Key, int] = {}
-        self._keys: list[Key | None] = []
+        self._rows: dict[int, int] = {}
+        self._keys = array("q")
         self._free: list[int] = []
         self._parent = array("q")
         self._pages = array("q")
@@ -36,10 +52,10 @@ class Shadow:
         self._end_rank = array("d")
         self._pinned = array("q")
         self._needs_end = array("b")
-        self._heap: list[tuple[float, bool, Key]] = []  # rank, is a checkpoint, key
+        self._heap: list[tuple[float, bool, int]] = []  # rank, is a checkpoint, key
         self._tick = 0
         self._placed = 0.0
-        self._placed_ticks = 0.0
+        self._ticks = 0.0
         self._now = 0
 
     @property
@@ -52,70 +68,70 @@ class Shadow:
         """Pages it holds."""
         return self._used
 
-    def request(self, stored: Stored, value: Sequence[float], ends: Sequence[tuple[int, int, float]], turn: int) -> int:
-        """Look ``stored`` up, then store it; tokens hit. ``value`` and ``ends`` have values relative to the mean."""
-        rows, keys = self._rows, stored.keys
+    def request(self, shown: Shown) -> int:
+        """Look a sequence up, then store it; tokens hit."""
+        rows, keys = self._rows, shown.keys
         path: list[int] = []
         self._now += 1
-        known = 0
         hit = 0
-        for i, key in enumerate(keys):
+        for key in keys:
             row = rows.get(key)
             if row is None:
                 break
             path.append(row)
-            known = i + 1
-            if not stored.needs_ends or self._end_pages[row]:
-                hit = known
+            if self._end_pages[row] or not shown.needs_ends:
+                hit = len(path)
+        known = len(path)
         self._tick += len(keys)
-        span = self._placed_ticks / self._placed * self._capacity if self._placed else 0.0
-        bonus = self._tick + span * self.beta * turn
-        weight = span * self.alpha
+        self._ticks += len(keys)
+        span = self._ticks / self._placed * self._capacity if self._placed else 0.0
+        bonus = self._tick + span * self._beta * shown.odds
+        weight = span * self._alpha
         for i, row in enumerate(path):
             self._pinned[row] = self._now
-            self._rank[row] = bonus + weight * value[i] - i
-        if hit and stored.needs_ends:
+            self._rank[row] = bonus + weight * shown.value[i] - i
+        if hit and shown.needs_ends:
             self._end_rank[path[hit - 1]] = bonus
-        need = sum(stored.pages[known:])
-        for i, pages, _ in ends:
+        need = sum(shown.pages[known:])
+        for i, pages, _ in shown.ends:
             if i >= known or not self._end_pages[path[i]]:
                 need += pages
-        if not self._room(need):
-            return sum(stored.tokens[:hit])
+        if self._room(need):
+            self._place(shown, path, need, bonus, weight)
+        return sum(shown.tokens[:hit])
+
+    def _place(self, shown: Shown, path: list[int], need: int, bonus: float, weight: float) -> None:
+        keys, known = shown.keys, len(path)
         for i in range(known, len(keys)):
-            rank = bonus + weight * value[i] - i
-            row = self._new(keys[i], path[i - 1] if i else -1, stored.pages[i], rank, stored.needs_ends)
-            path.append(row)
+            rank = bonus + weight * shown.value[i] - i
+            path.append(self._new(keys[i], path[-1] if path else -1, shown.pages[i], rank, shown.needs_ends))
             if i:
                 self._children[path[i - 1]] += 1
-            heapq.heappush(self._heap, (rank, False, keys[i]))
-        if known < len(keys):
-            self._placed_ticks += len(keys) - known
-        for i, pages, relative in ends:
+        if known < len(keys):  # the others are queued when they have become leaves
+            heapq.heappush(self._heap, (self._rank[path[-1]], False, keys[-1]))
+        for i, pages, value in shown.ends:
             row = path[i]
             if not self._end_pages[row]:
                 self._end_pages[row] = pages
-                self._end_rank[row] = bonus + weight * relative
+                self._end_rank[row] = bonus + weight * value
                 heapq.heappush(self._heap, (self._end_rank[row], True, keys[i]))
-                self._placed_ticks += 1
         self._used += need
         self._placed += need
         if self._placed > 4 * self._capacity:
             self._placed /= 2
-            self._placed_ticks /= 2
-        self._supersede(stored, path, ends)
-        return sum(stored.tokens[:hit])
+            self._ticks /= 2
+        self._supersede(shown, path)
 
-    def _supersede(self, stored: Stored, path: list[int], ends: Sequence[tuple[int, int, float]]) -> None:
+    def _supersede(self, shown: Shown, path: list[int]) -> None:
         """The checkpoint before the last goes first, unless its sequence branched there."""
-        if not stored.needs_ends or not ends:
+        if not shown.needs_ends or not shown.ends:
             return
-        for i in range(max(e[0] for e in ends) - 1, -1, -1):
+        for i in range(max(e[0] for e in shown.ends) - 1, -1, -1):
             row = path[i]
             if self._end_pages[row]:
                 if self._children[row] <= 1:
                     self._end_rank[row] = FIRST / 2
-                    heapq.heappush(self._heap, (self._end_rank[row], True, stored.keys[i]))
+                    heapq.heappush(self._heap, (self._end_rank[row], True, shown.keys[i]))
                 return
 
     def _room(self, need: int) -> bool:
@@ -123,62 +139,62 @@ class Shadow:
         if need > self._capacity:
             return False
         heap, rows = self._heap, self._rows
-        later: list[tuple[float, bool, Key]] = []
+        later: list[tuple[float, bool, int]] = []
         while self._used + need > self._capacity and heap:
-            item = heapq.heappop(heap)
+            item = heap[0]
             rank, is_end, key = item
             row = rows.get(key)
-            if row is None or (is_end and not self._end_pages[row]):
-                continue
-            if self._pinned[row] == self._now:
-                later.append(item)
+            if row is None or (not self._end_pages[row] if is_end else self._children[row]):
+                heapq.heappop(heap)  # gone, or no leaf any more: it is queued again when it is one
                 continue
             current = self._end_rank[row] if is_end else self._rank[row]
-            if current != rank:
-                heapq.heappush(heap, (current, is_end, key))
-            elif is_end:
-                self._used -= self._end_pages[row]
-                self._end_pages[row] = 0
-                self._orphan(key, row)
-            elif not self._children[row]:
-                self._drop(key, row)
-            # A node with children comes back when the last of them goes.
+            if self._pinned[row] == self._now:
+                later.append(heapq.heappop(heap))
+            elif current != rank:
+                heapq.heapreplace(heap, (current, is_end, key))
+            else:
+                heapq.heappop(heap)
+                if is_end:
+                    self._used -= self._end_pages[row]
+                    self._end_pages[row] = 0
+                    self._orphan(key, row)
+                else:
+                    self._drop(key, row)
         for item in later:
             heapq.heappush(heap, item)
         return self._used + need <= self._capacity
 
-    def _new(self, key: Key, parent: int, pages: int, rank: float, needs_end: bool) -> int:
-        if self._free:
-            row = self._free.pop()
-        else:
-            row = len(self._keys)
-            self._keys.append(None)
-            for column in (self._parent, self._pages, self._children, self._end_pages, self._pinned):
+    def _drop(self, key: int, row: int) -> None:
+        self._used -= self._pages[row] + self._end_pages[row]
+        self._end_pages[row] = 0
+        del self._rows[key]
+        self._free.append(row)
+        parent = self._parent[row]
+        if parent >= 0:
+            self._children[parent] -= 1
+            if not self._children[parent]:
+                above = self._keys[parent]
+                if not self._orphan(above, parent):
+                    heapq.heappush(self._heap, (self._rank[parent], False, above))
+
+    def _orphan(self, key: int, row: int) -> bool:
+        """Have a leaf that nothing can restore any more go at once; whether it is one."""
+        if not self._needs_end[row] or self._children[row] or self._end_pages[row]:
+            return False
+        self._rank[row] = FIRST
+        heapq.heappush(self._heap, (FIRST, False, key))
+        return True
+
+    def _new(self, key: int, parent: int, pages: int, rank: float, needs_end: bool) -> int:
+        if not self._free:
+            self._free.append(len(self._keys))
+            for column in (self._keys, self._parent, self._pages, self._children, self._end_pages, self._pinned):
                 column.append(0)
             self._rank.append(0.0)
             self._end_rank.append(0.0)
             self._needs_end.append(0)
-        self._rows[key], self._keys[row] = row, key
-        self._parent[row], self._pages[row], self._rank[row] = parent, pages, rank
+        row = self._rows[key] = self._free.pop()
+        self._keys[row], self._parent[row], self._pages[row], self._rank[row] = key, parent, pages, rank
         self._children[row] = self._end_pages[row] = 0
-        self._end_rank[row] = 0.0
         self._pinned[row], self._needs_end[row] = self._now, needs_end
         return row
-
-    def _drop(self, key: Key, row: int) -> None:
-        self._used -= self._pages[row] + self._end_pages[row]
-        del self._rows[key]
-        self._keys[row] = None
-        self._free.append(row)
-        parent = self._parent[row]
-        above = self._keys[parent] if parent >= 0 else None
-        if above is not None:
-            self._children[parent] -= 1
-            if not self._children[parent]:
-                self._orphan(above, parent)
-                heapq.heappush(self._heap, (self._rank[parent], False, above))
-
-    def _orphan(self, key: Key, row: int) -> None:
-        if self._needs_end[row] and not self._children[row] and not self._end_pages[row]:
-            self._rank[row] = FIRST
-            heapq.heappush(self._heap, (FIRST, False, key))

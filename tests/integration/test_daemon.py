@@ -18,6 +18,7 @@ from kvpool.arena import PageArena
 from kvpool.client import PoolClient, connect
 from kvpool.core import PoolCore
 from kvpool.keys import KeyChain
+from kvpool.match import Reason
 from kvpool.protocol import PoolProtocol
 from kvpool.server import PoolServer
 from kvtransport.buffers import Arena
@@ -357,6 +358,43 @@ async def test_explain_through_the_wire(served, hybrid):
     assert explanation.match.length == 512
     assert "512" in str(explanation)
     assert {g.group for g in explanation.groups} == {g.name for g in hybrid.groups}
+    assert explanation == served.core.explain(ns, chain)
+    state = next(g for g in explanation.as_dict()["groups"] if g["kind"] == "recurrent")
+    assert (state["reach"], state["ended_by"]) == (512, "never_stored")
+    await client.clear()
+    told = await client.explain(ns, chain)
+    assert "evicted: what ended at 64 was evicted" in str(told)
+    assert "(cleared)" in str(told)
+
+
+async def test_an_operators_pool_tells_of_other_tenants(served, hybrid):
+    theirs = served.core.open_namespace("someone", hybrid, 64)
+    put = served.core.begin_put(theirs, KeyChain(theirs, tokens(700)), boundary=512, deadline=time.monotonic() + 9)
+    put.complete_without_bytes()
+    put.commit()
+    client = await served.client()
+    ns = await client.namespace(hybrid, 64)
+    chain = KeyChain(ns, tokens(700))
+    assert {g.ended_by for g in (await client.explain(ns, chain)).groups} == {Reason.NEVER_STORED}
+    served.server._explain_tenants = True
+    assert {g.ended_by for g in (await client.explain(ns, chain)).groups} == {Reason.OTHER_TENANT}
+
+
+async def test_checkpoint_hints_through_the_wire(served, hybrid):
+    client = await served.client()
+    ns = await client.namespace(hybrid, 64)
+    document = tokens(640)
+    for i in range(3):
+        chain = KeyChain(ns, [*document, *tokens(70, seed=i + 1)])
+        hints = await client.checkpoint_hints(ns, chain, insists=[128])
+        assert hints == served.core.checkpoint_hints(ns, chain, [128])
+        source = source_of(ns, hints.last, start=hints.start, checkpoints=hints.lengths)
+        await put(client, ns, chain, source, boundary=hints.last, start=hints.start, checkpoints=hints.lengths)
+    assert (hints.restorable, hints.lengths, hints.branch) == (640, (710,), None)
+    with pytest.raises(KVError, match="insists"):
+        await client.link.call(
+            "checkpoint_hints", {"ns": client._names[ns.id], "chain": {"tokens": b""}, "insists": [-1]}
+        )
 
 
 async def test_draining_refuses_new_work_and_lets_the_rest_finish(served, hybrid):

@@ -335,6 +335,8 @@ def test_tenants_never_meet(core):
     assert lengths(core, theirs) == []
     told = core.explain(theirs, KeyChain(theirs, TOKENS))
     assert {g.ended_by for g in told.groups} == {Reason.NEVER_STORED}
+    told = core.explain(theirs, KeyChain(theirs, TOKENS), operator=True)
+    assert {g.ended_by for g in told.groups} == {Reason.OTHER_TENANT}
     core.begin_put_flat("mine", {b"k": 3}, deadline=core.clock() + 1).commit()
     assert core.exists("mine", [b"k"]) == [True]
     assert core.exists("theirs", [b"k"]) == [False]

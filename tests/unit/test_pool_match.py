@@ -127,8 +127,10 @@ def test_explaining_windows():
 def test_explaining_other_fingerprints():
     nothing = view([FULL, LINEAR], ["", ""])
     assert {g.ended_by for g in explain(nothing, 64, 0.0, no_ghost).groups} == {Reason.NEVER_STORED}
-    told = explain(nothing, 64, 0.0, no_ghost, elsewhere=True)
+    told = explain(nothing, 64, 0.0, no_ghost, elsewhere=Reason.OTHER_FINGERPRINT)
     assert {g.ended_by for g in told.groups} == {Reason.OTHER_FINGERPRINT}
+    told = explain(nothing, 64, 0.0, no_ghost, elsewhere=Reason.OTHER_TENANT)
+    assert "other tenant: the same tokens are stored by another tenant" in str(told)
 
 
 def test_an_explanation_is_text_and_json():

@@ -21,6 +21,7 @@ from kvtransport.errors import ConfigError, KVError
 from .client import PoolClient, connect
 from .demo.cli import register as register_demo
 from .keys import KeyChain
+from .replay.cli import register as register_replay
 from .scheduling.cli import register as register_scheduling
 
 app = typer.Typer(
@@ -145,6 +146,7 @@ def _token_ids(source: str) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 register_demo(app)
 register_scheduling(app)
+register_replay(app)
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,1 @@
+"""Request traces through the real index and policies, without payload: ``kvpool replay``."""

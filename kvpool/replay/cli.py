@@ -1,0 +1,220 @@
+"""``kvpool replay``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from kvpool.config import parse_size
+from kvpool.eviction import DEFAULT_POLICY, POLICIES
+from kvpool.scheduling.cli import fail, make_console, write_json
+from kvpool.scheduling.traces import Trace, load_trace
+from kvtransport import presets
+from kvtransport.errors import ConfigError, KVError
+from kvtransport.layout import CacheLayout
+
+from .clairvoyant import clairvoyant
+from .run import Outcome, Replay, working_set_bytes
+from .sweep import LAYOUTS, SHARES, blocks_in, is_exact, sweep
+
+REPLAY_HELP = """Replay a request trace through the pool's index and eviction, without payload: what would have been hit?
+
+TRACE is a packaged trace (mooncake-conversation, mooncake-conversation-full) or a file of JSON lines (also .gz, .xz), in Mooncake's
+format or in Qwen-Bailian's. Hit tokens are counted over input tokens.
+
+Examples:
+
+  kvpool replay mooncake-conversation --layout kimi-linear-48b --memory 60GB
+
+  kvpool replay mooncake-conversation-full --layout qwen3-235b --memory unlimited --policy lru --json -
+
+  kvpool replay trace.jsonl --layout qwen3.5-397b --memory 5% --policy all --plot out/
+
+  kvpool replay mooncake-conversation-full --sweep --count-from 0.5 --jobs 4 --json table.json --plot out/
+"""
+
+
+def _memory(text: str, trace: Trace, layout: CacheLayout, block_tokens: int | None) -> int | None:
+    """Bytes of "60GB", "unlimited" (None), or "5%" of the working set."""
+    if text == "unlimited":
+        return None
+    if text.endswith("%"):
+        try:
+            share = float(text[:-1]) / 100
+        except ValueError as error:
+            raise ConfigError(f"{text!r} is not a share of the working set: write 5%") from error
+        return int(share * working_set_bytes(trace, layout, block_tokens))
+    return parse_size(text)
+
+
+def _policies(text: str | None) -> list[str]:
+    if text is None:
+        return [DEFAULT_POLICY]
+    names = list(POLICIES) if text == "all" else text.split(",")
+    for name in names:
+        if name not in POLICIES:
+            raise ConfigError(f"there is no eviction policy {name!r}: choose from {', '.join(POLICIES)} and all")
+    return names
+
+
+def replay_command(
+    trace: Annotated[str, typer.Argument(help="A packaged trace or a file")],
+    layout: Annotated[str | None, typer.Option(help="Preset whose cache is kept (kvbench models lists them)")] = None,
+    memory: Annotated[
+        str, typer.Option(help="Memory of the pool: a size, a share of the working set (5%), or unlimited")
+    ] = "unlimited",
+    policy: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(POLICIES)}, several with commas, or all [{DEFAULT_POLICY}]", show_default=False),
+    ] = None,
+    block_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a block, a divisor of the trace's [the trace's]", show_default=False)
+    ] = None,
+    count_from: Annotated[
+        float, typer.Option(help="Count hits from this share of the requests on", min=0.0, max=0.99)
+    ] = 0.0,
+    sweeping: Annotated[
+        bool, typer.Option("--sweep", help="Policies x memory x layouts; --layout and --policy narrow it")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes of a sweep [all cores]", min=1, show_default=False)
+    ] = None,
+    json_path: Annotated[
+        str | None, typer.Option("--json", metavar="PATH", help="Write one JSON object; '-' is standard output.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FOLDER", help="Write pictures (PNG and SVG) there.")
+    ] = None,
+) -> None:
+    try:
+        loaded = load_trace(trace)
+        first = int(count_from * len(loaded))
+        console = make_console(json_path)
+        if sweeping:
+            names = layout.split(",") if layout is not None else list(LAYOUTS)
+            policies = _policies(policy or "all")
+            body = _sweep(loaded, names, policies, first, jobs, block_tokens, console, plot)
+            body = {"trace": trace, "count_from": count_from, **body}
+        else:
+            if layout is None:
+                raise ConfigError("say whose cache is kept: --layout PRESET (kvbench models lists them)")
+            body = _replays(loaded, layout, memory, _policies(policy), first, block_tokens, console, plot)
+            body = {"trace": trace, **body}
+        if json_path is not None:
+            write_json(body, json_path)
+    except (KVError, OSError) as error:
+        raise fail(error) from error
+
+
+def _replays(
+    trace: Trace,
+    name: str,
+    memory: str,
+    policies: list[str],
+    first: int,
+    block_tokens: int | None,
+    console: Console,
+    plot: Path | None,
+) -> dict[str, Any]:
+    layout = presets.load(name)
+    nbytes = _memory(memory, trace, layout, block_tokens)
+    outcomes: list[Outcome] = []
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        for policy in policies:
+            task = bar.add_task(f"{name} {policy}", total=1.0)
+            replay = Replay(trace, layout, memory_bytes=nbytes, policy=policy, block_tokens=block_tokens)
+            outcomes.append(replay.run(first, lambda part, task=task: bar.update(task, completed=part)))  # type: ignore[misc]
+    exact = is_exact(layout)
+    fits = None if nbytes is None else blocks_in(layout, nbytes, trace.block_tokens)
+    best = clairvoyant(trace, fits, first=first, partial=not exact, exact=exact)
+    rows = [
+        {
+            **outcome.as_dict(),
+            "layout": name,
+            "clairvoyant_token_hit_rate": best.token_hit_rate,
+            "clairvoyant_kind": best.kind,
+        }
+        for outcome in outcomes
+    ]
+    _print_runs(console, name, nbytes, rows, best.kind)
+    if plot is not None:
+        from .plots import timeline_picture
+
+        for path in timeline_picture(outcomes, plot, name=f"replay-{name}"):
+            console.print(f"wrote {path}")
+    return rows[0] if len(rows) == 1 else {"layout": name, "memory_bytes": nbytes, "runs": rows}
+
+
+def _print_runs(console: Console, name: str, nbytes: int | None, rows: list[dict[str, Any]], kind: str) -> None:
+    size = "unlimited memory" if nbytes is None else f"{nbytes / 1e9:,.1f} GB"
+    table = Table(title=f"{name}, {size}, {rows[0]['requests']:,} requests")
+    for title in ("policy", "tokens hit", "blocks hit", "FLOPs saved", "evictions", "checkpoints", "peak GB by group"):
+        table.add_column(title, justify="left" if title == "policy" else "right")
+    for row in rows:
+        table.add_row(
+            row["policy"],
+            f"{row['token_hit_rate']:.2%}",
+            f"{row['block_hit_rate']:.2%}",
+            f"{row['flops_saved_rate']:.2%}",
+            f"{row['evictions']:,}",
+            f"{row['checkpoints_put']:,}",
+            ", ".join(f"{g} {n / 1e9:,.1f}" for g, n in row["peak_bytes"].items()),
+        )
+    table.add_row(f"clairvoyant ({kind})", f"{rows[0]['clairvoyant_token_hit_rate']:.2%}", *[""] * 5)
+    console.print(table)
+
+
+def _sweep(
+    trace: Trace,
+    names: list[str],
+    policies: list[str],
+    first: int,
+    jobs: int | None,
+    block_tokens: int | None,
+    console: Console,
+    plot: Path | None,
+) -> dict[str, Any]:
+    layouts = {name: presets.load(name) for name in names}
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("sweep", total=1.0)
+        rows = sweep(
+            trace,
+            layouts,
+            policies,
+            SHARES,
+            first=first,
+            jobs=jobs or os.cpu_count() or 1,
+            block_tokens=block_tokens,
+            progress=lambda part, what: bar.update(task, completed=part, description=what),
+        )
+    for name in names:
+        _print_sweep(console, name, [r for r in rows if r["layout"] == name])
+    if plot is not None:
+        from .plots import sweep_picture
+
+        for path in sweep_picture(rows, plot):
+            console.print(f"wrote {path}")
+    return {"requests_counted": len(trace) - first, "runs": rows}
+
+
+def _print_sweep(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
+    policies = list(dict.fromkeys(r["policy"] for r in rows))
+    table = Table(title=f"{name}: input tokens hit")
+    table.add_column("memory", justify="right")
+    for policy in policies:
+        table.add_column(policy, justify="right")
+    for share in dict.fromkeys(r["memory_share"] for r in rows):
+        rates = {r["policy"]: r["token_hit_rate"] for r in rows if r["memory_share"] == share}
+        table.add_row(f"{share:.0%}", *(f"{rates[p]:.2%}" for p in policies))
+    console.print(table)
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``replay`` to ``app``."""
+    app.command("replay", help=REPLAY_HELP)(replay_command)

@@ -1,0 +1,275 @@
+"""Replays through the real index and policies, without payload."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from kvpool.arena import BlockClass
+from kvpool.cli import app
+from kvpool.errors import PoolFullError, SlabError
+from kvpool.eviction import POLICIES
+from kvpool.replay.accounting import AccountingArena, page_bytes_for
+from kvpool.replay.clairvoyant import clairvoyant
+from kvpool.replay.run import Replay, folded, working_set_bytes
+from kvpool.replay.sweep import blocks_in, sweep
+from kvpool.scheduling.traces import Trace, load_trace, parse_trace
+from kvtransport import presets
+from kvtransport.errors import ConfigError
+
+FULL_TRACE = "mooncake-conversation-full"
+LAYOUTS = ("kimi-linear-48b", "qwen3.5-397b", "mimo-v2-flash", "qwen3-235b")
+
+
+@pytest.fixture(scope="module")
+def short():
+    trace = load_trace("mooncake-conversation")
+    return Trace(
+        trace.arrivals[:250],
+        trace.input_tokens[:250],
+        trace.output_tokens[:250],
+        trace.blocks[:250],
+        trace.block_tokens,
+    )
+
+
+def trace_of(*requests, block_tokens=512):
+    """Requests as (input tokens, ids)."""
+    tokens = np.array([float(n) for n, _ in requests])
+    return Trace(
+        np.arange(len(requests), dtype=float), tokens, tokens, tuple(tuple(i) for _, i in requests), block_tokens
+    )
+
+
+# -- the arena -----------------------------------------------------------------------------------------
+
+
+def test_an_accounting_arena_counts_like_a_real_one():
+    arena = AccountingArena(10 * 4096, 4096)
+    assert (arena.total_pages, arena.free_bytes) == (10, 40_960)
+    slabs = arena.allocate_rows(3, 5_000, BlockClass.PREFIX)
+    state = arena.allocate(4_096, BlockClass.STATE)
+    assert (len(slabs), slabs.page_count, arena.free_pages) == (3, 6, 3)
+    assert arena.bytes_of(BlockClass.STATE) == 4_096
+    with pytest.raises(PoolFullError):
+        arena.allocate_rows(4, 1, BlockClass.PREFIX)
+    with pytest.raises(SlabError, match="no bytes"):
+        arena.pages(state)
+    arena.free_many([slabs.take(slice(0, 2)), state])
+    assert (arena.free_pages, arena.bytes_of(BlockClass.PREFIX)) == (8, 8_192)
+    with pytest.raises(SlabError, match="twice"):
+        arena.free(state)
+    assert not arena.is_live(state)
+    assert arena.is_live(slabs[2])
+    assert AccountingArena(None).free_bytes > 1 << 60
+    with pytest.raises(ConfigError, match="more memory"):
+        AccountingArena(100)
+
+
+def test_pages_cut_large_blocks_exactly():
+    assert page_bytes_for(63 * 65_536) == 65_536
+    assert page_bytes_for(1504 * 65_536) == 32 * 65_536 + 15 * 65_536
+    for pages in (1, 64, 240, 1504):
+        assert pages * 65_536 % page_bytes_for(pages * 65_536) == 0
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_folded_layout_has_the_same_bytes(name):
+    layout = presets.load(name)
+    slim = folded(layout)
+    for n in (1, 512, 10_000):
+        assert slim.group_bytes(n) == layout.group_bytes(n)
+
+
+# -- replays -------------------------------------------------------------------------------------------
+
+
+def test_a_dense_layout_without_limit_hits_what_there_is():
+    """The trace's own figure, of the whole hour."""
+    trace = load_trace(FULL_TRACE)
+    outcome = Replay(trace, presets.load("qwen3-235b"), memory_bytes=None, policy="lru").run()
+    body = outcome.as_dict()
+    assert body["requests"] == 12_031
+    assert round(body["block_hit_rate"], 4) == 0.3664
+    assert round(body["token_hit_rate"], 4) == 0.3736
+    assert body["evictions"] == 0
+    assert body["peak_bytes"] == {"full": 182_790 * 512 * 192_512}
+    best = clairvoyant(trace, None, partial=True, exact=False)
+    assert (best.kind, best.token_hit_rate, best.block_hit_rate) == (
+        "optimum",
+        body["token_hit_rate"],
+        body["block_hit_rate"],
+    )
+
+
+def test_a_last_partial_block_counts_its_real_tokens():
+    trace = trace_of((700, [0, 1]), (700, [0, 1]), (1_500, [0, 2, 3]))
+    dense = Replay(trace, presets.load("qwen3-235b"), memory_bytes=None, policy="lru").run().counts
+    assert (dense.blocks, dense.hit_blocks) == (7, 3)
+    assert (dense.tokens, dense.hit_tokens) == (2_900, 700 + 512)
+    hybrid = Replay(trace, presets.load("kimi-linear-48b"), memory_bytes=None, policy="lru").run().counts
+    assert (hybrid.hit_tokens, hybrid.states) == (512 + 512, 2)
+
+
+def test_a_branch_point_gets_its_state():
+    """Three documents behind one template: the second takes a state where they part, the third uses it."""
+    requests = [(2_048, [0, 1, 2 + 2 * i, 3 + 2 * i]) for i in range(3)]
+    replay = Replay(trace_of(*requests), presets.load("kimi-linear-48b"), memory_bytes=None, policy="marconi")
+    counts = replay.run().counts
+    assert counts.hit_tokens == 1_024
+    assert counts.states == 1 + 2 + 1
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_small_memory_is_never_exceeded_and_never_beats_the_clairvoyant(short, name, policy):
+    layout = presets.load(name)
+    memory = working_set_bytes(short, layout) // 12
+    replay = Replay(short, layout, memory_bytes=memory, policy=policy)
+    outcome = replay.run(first=125)
+    assert sum(outcome.peak_bytes.values()) <= memory * len(outcome.peak_bytes)
+    assert all(sum(s.group_bytes.values()) <= memory for s in outcome.timeline)
+    assert outcome.evictions > 50
+    assert outcome.counts.requests == 125
+    exact = len(layout.groups) > 1
+    best = clairvoyant(short, blocks_in(layout, memory, 512), first=125, partial=not exact, exact=exact)
+    assert best.kind == ("bound" if exact else "optimum")
+    assert 0 < outcome.counts.hit_blocks / outcome.counts.blocks <= best.block_hit_rate
+    replay.core.clear()
+    assert replay.core.arena.used_bytes == 0
+
+
+def test_finer_blocks_hold_the_same_prefixes(short):
+    coarse, fine = (
+        Replay(short, presets.load("qwen3-235b"), memory_bytes=None, policy="lru", block_tokens=size).run().counts
+        for size in (512, 128)
+    )
+    assert coarse.hit_tokens <= fine.hit_tokens < coarse.hit_tokens * 1.01
+    with pytest.raises(ConfigError, match="do not divide"):
+        Replay(short, presets.load("qwen3-235b"), memory_bytes=None, policy="lru", block_tokens=100)
+
+
+def test_belady_is_the_best_of_all_choices():
+    """Against a search over every choice of what to keep, on small random trees."""
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        requests = []
+        for _ in range(7):
+            a, b = int(rng.integers(2)), int(rng.integers(3))
+            requests.append((1_536, [a, 10 + 3 * a + b, 100 + 9 * a + 3 * b + int(rng.integers(2))]))
+        trace = trace_of(*requests)
+        got = clairvoyant(trace, 4, partial=True, exact=False)
+        assert round(got.block_hit_rate * 21) == _search([set(ids) for _, ids in requests], 4)
+
+
+def _search(requests, capacity):
+    import itertools
+
+    states = {frozenset(): 0}
+    for blocks in requests:
+        after = {}
+        for held, hits in states.items():
+            now = hits + len(held & blocks)
+            pool = sorted(held | blocks)
+            for kept in itertools.combinations(pool, min(capacity, len(pool))):
+                key = frozenset(kept)
+                after[key] = max(after.get(key, 0), now)
+        states = after
+    return max(states.values())
+
+
+# -- formats -------------------------------------------------------------------------------------------
+
+BAILIAN = """\
+{"chat_id": 1, "parent_chat_id": -1, "timestamp": 0.5, "input_length": 40, "output_length": 9, "type": "text", "turn": 1, "hash_ids": [7, 8, 9]}
+{"chat_id": 2, "parent_chat_id": 1, "timestamp": 61.0, "input_length": 64, "output_length": 9, "type": "text", "turn": 2, "hash_ids": [7, 8, 3, 8]}
+{"chat_id": 3, "parent_chat_id": -1, "timestamp": 62.0, "input_length": 32, "output_length": 9, "type": "file", "turn": 1, "hash_ids": [8, 8]}
+"""
+
+
+def test_bailian_ids_become_prefixes(tmp_path):
+    """Its ids name the contents of a block: the same content behind something else is another prefix."""
+    trace = parse_trace(BAILIAN, where="t")
+    assert trace.block_tokens == 16
+    assert trace.arrivals.tolist() == pytest.approx([0.0, 60.5, 61.5])
+    assert trace.blocks[0][:2] == trace.blocks[1][:2]
+    assert len({i for ids in trace.blocks for i in ids}) == 7
+    path = tmp_path / "bailian.jsonl"
+    path.write_text(BAILIAN)
+    counts = Replay(load_trace(str(path)), presets.load("qwen3-235b"), memory_bytes=None, policy="lru").run().counts
+    assert (counts.blocks, counts.hit_blocks, counts.hit_tokens) == (9, 2, 32)
+    with pytest.raises(ConfigError, match="line 1"):
+        parse_trace(BAILIAN.replace('"input_length": 40', '"input_length": 400'), where="t")
+
+
+def test_the_excerpt_is_the_head_of_the_whole_trace():
+    excerpt, whole = load_trace("mooncake-conversation"), load_trace(FULL_TRACE)
+    assert (len(excerpt), len(whole)) == (2_000, 12_031)
+    assert excerpt.blocks == whole.blocks[:2_000]
+
+
+# -- the command -----------------------------------------------------------------------------------------
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["replay", *map(str, args)])
+
+
+def test_the_command_gives_json_and_pictures(tmp_path):
+    trace = tmp_path / "t.jsonl"
+    rows = [
+        {"timestamp": i * 500, "input_length": 1_100, "output_length": 5, "hash_ids": [0, 1 + i % 7, 50 + i]}
+        for i in range(60)
+    ]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    result = run(trace, "--layout", "kimi-linear-48b", "--memory", "500MB", "--json", "-", "--plot", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    body = json.loads(result.stdout)
+    assert body["policy"] == "marconi"
+    assert body["requests"] == 60
+    for name in ("block_hit_rate", "token_hit_rate", "flops_saved", "clairvoyant_token_hit_rate"):
+        assert body[name] > 0
+    assert set(body["peak_bytes"]) == {"mla", "kda"}
+    assert body["clairvoyant_kind"] == "bound"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "replay-kimi-linear-48b.png",
+        "replay-kimi-linear-48b.svg",
+    ]
+    several = run(trace, "--layout", "qwen3-235b", "--memory", "20%", "--policy", "all", "--json", tmp_path / "j.json")
+    assert several.exit_code == 0, several.output
+    assert "clairvoyant (optimum)" in several.stdout
+    assert [r["policy"] for r in json.loads((tmp_path / "j.json").read_text())["runs"]] == list(POLICIES)
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    for args, words in (
+        (("nowhere.jsonl", "--layout", "qwen3-235b"), "not packaged"),
+        (("mooncake-conversation",), "--layout PRESET"),
+        (("mooncake-conversation", "--layout", "qwen3-235b", "--policy", "fifo"), "no eviction policy 'fifo'"),
+        (("mooncake-conversation", "--layout", "qwen3-235b", "--memory", "much"), "not a size"),
+        (("mooncake-conversation", "--layout", "qwen3-235b", "--memory", "x%"), "not a share"),
+    ):
+        result = run(*args)
+        assert result.exit_code == 2
+        assert words in re.sub(r"\s+", " ", result.output + result.stderr)
+    assert "Examples" in run("--help").output
+
+
+def test_a_sweep_orders_its_rows(short):
+    layout = presets.load("kimi-linear-48b")
+    said = []
+    rows = sweep(
+        short,
+        {"kimi-linear-48b": layout},
+        ["lru", "marconi"],
+        [0.05],
+        first=125,
+        jobs=2,
+        progress=lambda p, w: said.append(p),
+    )
+    assert [r["policy"] for r in rows] == ["lru", "marconi", "clairvoyant"]
+    assert rows[2]["kind"] == "bound"
+    assert said[-1] == 1.0
+    assert rows[2]["block_hit_rate"] >= max(r["block_hit_rate"] for r in rows[:2])

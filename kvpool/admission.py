@@ -18,9 +18,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kvtransport.layout import GroupKind
 
-from .match import GroupRule
+from .match import GroupRule, View, restorable
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,28 @@ def plan_checkpoints(
     lengths = tuple(sorted(wanted | {n for n in (branch, last) if n is not None}))
     return CheckpointHints(
         lengths, branch, last, reach, _put_start(rules, block_tokens, tokens, lengths, reach, resident)
+    )
+
+
+def hints_of_view(
+    view: View, tokens: int, *, branches: bool, off_grid: bool, known: int | None = None, insists: Iterable[int] = ()
+) -> CheckpointHints:
+    """:func:`plan_checkpoints` for a view of a sequence; ``known`` blocks of it are (default: as far as anything is resident)."""
+    step, there = view.block_tokens, view.resident
+    if known is None:
+        known = int(np.flatnonzero(there.any(axis=0)).max(initial=-1)) + 1
+    full = [there[g] for g, rule in enumerate(view.rules) if rule.kind is GroupKind.FULL]
+    resident = int(np.argmin(np.append(np.logical_and.reduce(full), False))) if full else known
+    return plan_checkpoints(
+        view.rules,
+        step,
+        tokens,
+        known=known * step,
+        branches=branches,
+        restorable=restorable(view),
+        resident=resident * step,
+        off_grid=off_grid,
+        insists=insists,
     )
 
 

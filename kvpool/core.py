@@ -14,7 +14,7 @@ from typing import Any
 from kvtransport.errors import KVError
 from kvtransport.layout import CacheLayout, Extent
 
-from .admission import CheckpointHints, plan_checkpoints
+from .admission import CheckpointHints, hints_of_view
 from .arena import BlockClass, PageArena, Slab, Slabs
 from .deadlines import Deadlines, Lease
 from .errors import KeyChainError, LeaseError, MissError, NamespaceError, PoolLimitError, PrefixMissingError
@@ -24,7 +24,7 @@ from .flat import FlatGet, FlatPut, FlatShelf
 from .get import Get
 from .index import Nodes, Selection, Tree, Watcher
 from .keys import KeyChain, Namespace, check_flat_key, check_tenant
-from .match import Explanation, Ghost, Match, Reason, View, explain, match, restorable
+from .match import Explanation, Ghost, Match, Reason, View, explain, match
 from .memory import Memory
 from .placement import Blocks, Geometry, Held, page_lists, plan_put
 from .planning import follow, held_at
@@ -172,17 +172,12 @@ class PoolCore:
         ``insists``: lengths the engine wants in any case.
         """
         tree = self._room(ns, chain).tree
-        path, step = tree.find(chain.blocks), ns.block_tokens
-        view = tree.view(chain, path)
-        full = len(path) if tree.full is None else int(view.resident[tree.units[tree.full][0]].sum())
-        return plan_checkpoints(
-            tree.rules,
-            step,
+        path = tree.find(chain.blocks)
+        return hints_of_view(
+            tree.view(chain, path),
             chain.tokens,
-            known=len(path) * step,
             branches=tree.branches_after(path),
-            restorable=restorable(view),
-            resident=full * step,
+            known=len(path),
             off_grid=not chain.opaque,
             insists=insists,
         )

@@ -9,6 +9,9 @@ import random as _random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
+import numpy as np
+
+from kvpool.admission import CheckpointHints, hints_of_view
 from kvpool.client import Into, PoolClient
 from kvpool.errors import (
     DirectoryError,
@@ -20,7 +23,7 @@ from kvpool.errors import (
     PrefixMissingError,
 )
 from kvpool.keys import KeyChain, Namespace
-from kvpool.match import Explanation, Match, explain, match
+from kvpool.match import Explanation, Match, View, explain, match, rules_of
 from kvpool.protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import EndpointConfig
@@ -160,6 +163,18 @@ class ClusterPool:
             raise MissError("no node holds anything of this chain")
         best = max(views, key=lambda v: match(v, limit).length)
         return explain(best, limit, 0.0, lambda group, position: None)
+
+    async def checkpoint_hints(self, ns: Namespace, chain: KeyChain, insists: Iterable[int] = ()) -> CheckpointHints:
+        """See :meth:`kvpool.protocol.PoolProtocol.checkpoint_hints`; the directory does not say what follows a block, so every end
+        of what is known that cannot be restored counts as a branch.
+        """
+        known = await self._find(ns, chain)
+        limit = self._limit(chain, None)
+        views = [known.view()] if isinstance(known, Cut) else list(known.views.values())
+        nothing = View(ns.block_tokens, rules_of(ns.layout), np.zeros((len(ns.layout.groups), 0), dtype=np.bool_))
+        best = max(views, key=lambda v: match(v, limit).length, default=nothing)
+        off_grid = not isinstance(known, Cut) and not chain.opaque
+        return hints_of_view(best, chain.tokens, branches=True, off_grid=off_grid, insists=insists)
 
     async def _find(self, ns: Namespace, chain: KeyChain) -> Cut | Whole:
         """Ask the directory about the whole chain, in one round trip."""

@@ -126,6 +126,8 @@ async def test_a_prompt_is_spread_found_and_read_back(world):
         await get(other, ns2, prompt, SEGMENT * 2)
     assert miss.value.restorable == SEGMENT
     assert "6256" in str(await other.explain(ns2, KeyChain(ns2, prompt))) or boundary == 6256
+    hints = await other.checkpoint_hints(ns2, KeyChain(ns2, [*prompt[: SEGMENT * 2], *tokens(100, 9)]))
+    assert (hints.restorable, hints.branch, hints.last) == (SEGMENT, SEGMENT * 2, SEGMENT * 2 + 96)
 
 
 async def test_a_put_goes_on_behind_what_is_there_and_only_there(world):

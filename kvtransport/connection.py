@@ -15,7 +15,7 @@ from typing import Protocol
 
 from .buffers import Hasher, PageList
 from .errors import Fault, KVError, LimitError, PeerLostError, ProtocolError
-from .io.base import ByteStream
+from .io.base import BrokenStreamError, ByteStream
 from .wire import bodies
 from .wire.frames import (
     DEFAULT_LIMITS,
@@ -148,7 +148,7 @@ class Connection:
             where = "" if self._head_at == 0 and self._pages is None else " in the middle of a frame"
             self.fail(PeerLostError(f"{self.stream.peer} closed the connection{where}"))
         except OSError as error:
-            self.fail(PeerLostError(f"connection to {self.stream.peer} broke: {error.strerror or error}"))
+            self.fail(self._broken(error))
 
     def _took(self, pages: PageList, n: int) -> int:
         """Account for ``n`` bytes of payload and next header; returns those that belong to the header."""
@@ -264,7 +264,7 @@ class Connection:
         except KVError as error:
             self.fail(error)
         except OSError as error:
-            self.fail(PeerLostError(f"connection to {self.stream.peer} broke: {error.strerror or error}"))
+            self.fail(self._broken(error))
         return not self.closed
 
     def _next(self) -> bool:
@@ -295,6 +295,11 @@ class Connection:
             self._watch(True)
 
     # -- ending --------------------------------------------------------------------------------
+
+    def _broken(self, error: OSError) -> KVError:
+        if isinstance(error, BrokenStreamError):
+            return error.cause
+        return PeerLostError(f"connection to {self.stream.peer} broke: {error.strerror or error}")
 
     def flush(self) -> None:
         """Get queued control frames out as far as the stream takes them now."""

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hmac
-import ipaddress
 import os
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from .admission import Admission
 from .buffers import PageList
 from .connection import Connection, OutFrame
 from .errors import (
     ConnectError,
     Fault,
     HandshakeError,
-    InsecureBindError,
     KVError,
     LimitError,
     PeerLostError,
     ProtocolError,
 )
 from .flow.spilling import SpillPolicy
+from .identity import Token, TokenStore
 from .io.base import ByteStream, Listener, Network
-from .io.tcp import TcpNetwork, TcpOptions
+from .io.tcp import TcpOptions, address_of
 from .link import Link
 from .receiver import Expectation, Receiver
 from .spill import SpillArea
+from .tls import TlsConfig
 from .wire import bodies
 from .wire.frames import DEFAULT_LIMITS, FrameType, Header, Limits, decode_control, encode_control
 from .wire.state import ConnectionMachine, Role
@@ -42,14 +42,17 @@ Handler = Callable[[Link, dict[str, Any]], Awaitable[dict[str, Any]]]
 class EndpointConfig:
     """Settings of one endpoint. Seconds, bytes, entries.
 
-    ``insecure`` must be True to listen on, or dial to, an address beyond loopback while TLS is not configured.
-    ``token`` is a shared secret that dialling peers must present. A link without a connection is dialled again, or
+    ``tls``: all connections, both ways, are TLS 1.3. ``token`` is what this side proves to know when it dials, ``tokens``
+    are those it accepts; whoever dials in proves one, or shows a client certificate. ``insecure`` must be True to listen
+    on, or dial to, an address beyond loopback without that. A link without a connection is dialled again, or
     waited for, for ``reconnect_s``; its transfers stay as they are meanwhile (0: a lost link has ended).
     """
 
     name: str = ""
     insecure: bool = False
-    token: bytes | None = None
+    tls: TlsConfig | None = None
+    token: Token | None = None
+    tokens: TokenStore | None = None
     keepalive_s: float = 5.0
     dead_after_s: float = 15.0
     handshake_timeout_s: float = 5.0
@@ -87,7 +90,13 @@ class Endpoint:
         self.handlers: dict[str, Handler] = {}
         self.spill_area = SpillArea(self.config.spill.budget_bytes)
         self._loop = asyncio.get_running_loop()
-        self._network: Network = network or TcpNetwork(self.config.tcp)
+        self.refusals: Counter[str] = Counter()
+        """Handshakes of peers that dialled in and were not let in, by the code of the error."""
+        self.on_refused: Callable[[str, KVError], None] | None = None
+        """Told of each (peer, why); whoever logs them bounds the lines."""
+        self.admission = Admission(self.config, self._refuse)
+        self._is_real = network is None
+        self._network: Network = network or self.admission.network()
         self._listeners: list[Listener] = []
         self._links: dict[bytes, Link] = {}
         self._handshakes: set[_Handshake] = set()
@@ -111,9 +120,10 @@ class Endpoint:
     async def listen(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
         """Accept links on ``host:port`` (0: any free port); returns the bound address.
 
-        Raises InsecureBindError beyond loopback without ``insecure``, ConfigError when the port is taken.
+        Raises InsecureBindError beyond loopback without TLS and authentication, ConfigError when the port is taken.
         """
-        self._guard(host, "listen on")
+        if self._is_real:
+            self.admission.check_listen(host)
         listener = await self._network.listen(host, port, self._accept)
         self._listeners.append(listener)
         return listener.host, listener.port
@@ -121,9 +131,11 @@ class Endpoint:
     async def connect(self, host: str, port: int, *, connections: int = 4) -> Link:
         """Dial a peer with ``connections`` TCP connections.
 
-        Raises ConnectError (nobody answers), HandshakeError or VersionError (the peer refuses), InsecureBindError.
+        Raises ConnectError (nobody answers), TlsError, HandshakeError or VersionError (the peer refuses, or is not whom
+        its certificate should name), InsecureBindError.
         """
-        self._guard(host, "connect to")
+        if self._is_real:
+            self.admission.check_dial(host)
         if self.closed:
             raise _closing()
         if not 1 <= connections <= self.config.max_connections_per_link:
@@ -188,22 +200,16 @@ class Endpoint:
         handshake.connection.index = index
         try:
             handshake.start()
-            handshake.say_hello(link_id, index, count, token=self.config.token)
+            handshake.say_hello(link_id, index, count, **self.admission.present(stream, link_id, index))
             await handshake.done
         except asyncio.CancelledError:
             handshake.connection.fail(ConnectError("dialling was given up"))
             raise
 
-    def _guard(self, host: str, what: str) -> None:
-        if not self.config.insecure and isinstance(self._network, TcpNetwork) and not _is_loopback(host):
-            raise InsecureBindError(
-                f"refusing to {what} {host or 'all addresses'}: it is beyond loopback and nothing is encrypted or authenticated; "
-                "use 127.0.0.1, or set insecure = true if the network itself is trusted"
-            )
-
     def _accept(self, stream: ByteStream) -> None:
-        if len(self._handshakes) >= self.config.max_handshakes or self.closed:
+        if self.closed or not self.admission.gate.enter(address_of(stream.peer)):
             stream.abort()
+            self._refuse(stream.peer, LimitError("too many handshakes are in progress", retryable=True))
             return
         _Handshake(self, stream, ConnectionMachine(Role.ACCEPT, incarnation=self.incarnation), self._welcome).start()
 
@@ -211,9 +217,7 @@ class Endpoint:
         """Let a dialling peer in. Raises KVError to refuse it."""
         hello = handshake.machine.peer
         assert hello is not None
-        token = self.config.token
-        if token is not None and not hmac.compare_digest(hello.token or b"", token):
-            raise HandshakeError("the token is missing or wrong", fault=Fault.LOCAL)
+        identity = self.admission.identify(handshake.connection.stream, hello)
         if hello.count > self.config.max_connections_per_link:
             raise LimitError(
                 f"a link may have {self.config.max_connections_per_link} connections here, the peer wants {hello.count}"
@@ -233,6 +237,8 @@ class Endpoint:
         else:
             if hello.incarnation != link.peer_incarnation or hello.index >= link.wanted or link.dialled:
                 raise HandshakeError("the connection does not belong to the link it names")
+            if identity != link.identity:
+                raise HandshakeError("the connection is somebody else's than the link it names")
             link.make_room(hello.index)
             if link.closed:
                 raise HandshakeError("the link that is dialled again has ended")
@@ -244,6 +250,7 @@ class Endpoint:
             link.join(handshake.connection, handshake.machine)
             return
         link = Link(self, hello.link, hello, handshake.connection.stream.peer, dialled=False)
+        link.identity = identity
         self._links[hello.link] = link
         link.join(handshake.connection, handshake.machine)
         if self.on_link is not None:
@@ -335,8 +342,20 @@ class Endpoint:
             if only is link:
                 receiver.on_link_lost(gone)
 
-    def handshake_over(self, handshake: _Handshake) -> None:
+    def handshake_over(self, handshake: _Handshake, error: KVError | None = None) -> None:
+        if handshake not in self._handshakes:
+            return
         self._handshakes.discard(handshake)
+        if handshake.machine.role is Role.ACCEPT:
+            peer = handshake.connection.stream.peer
+            self.admission.gate.leave(address_of(peer))
+            if error is not None:
+                self._refuse(peer, error)
+
+    def _refuse(self, peer: str, error: KVError) -> None:
+        self.refusals[error.code] += 1
+        if self.on_refused is not None:
+            self.on_refused(peer, error)
 
     def handshake_begun(self, handshake: _Handshake) -> None:
         self._handshakes.add(handshake)
@@ -389,10 +408,10 @@ class _Handshake:
     def start(self) -> None:
         self.connection.start()
 
-    def say_hello(self, link: bytes, index: int, count: int, token: bytes | None = None) -> None:
+    def say_hello(self, link: bytes, index: int, count: int, **proof: Any) -> None:
         config = self._endpoint.config
         frame = self.machine.hello_to_send(
-            link=link, index=index, count=count, name=config.name, token=token, keepalive_s=config.keepalive_s
+            link=link, index=index, count=count, name=config.name, keepalive_s=config.keepalive_s, **proof
         )
         self.connection.send_control(frame)
         self.connection.flush()
@@ -442,18 +461,10 @@ class _Handshake:
 
     def lost(self, connection: Connection, error: KVError) -> None:
         self._timer.cancel()
-        self._endpoint.handshake_over(self)
+        self._endpoint.handshake_over(self, error)
         if not self.done.done():
             self.done.set_exception(error)
 
 
 def _closing() -> KVError:
     return HandshakeError("this endpoint is closing", fault=Fault.LOCAL)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    return False

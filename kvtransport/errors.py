@@ -4,7 +4,8 @@
 
     KVError
     ├── ConfigError              a setting is wrong                     local
-    │   └── InsecureBindError    listening beyond loopback, unprotected local
+    │   ├── InsecureBindError    listening beyond loopback, unprotected local
+    │   └── CertificateError     a certificate or key cannot be used    local
     ├── KVBufferError            memory
     │   ├── ArenaError           an arena could not be made             local
     │   └── DestinationError     granted memory does not fit            local
@@ -20,6 +21,7 @@
     ├── LinkError                the connection layer
     │   ├── ConnectError         nobody answered                        network, retryable
     │   ├── HandshakeError       the peer refused us                    remote
+    │   │   └── TlsError         TLS could not be agreed on             remote
     │   ├── PeerLostError        all connections to the peer are gone   network, retryable
     │   ├── PeerFrozenError      connected, but silent past a deadline  remote, retryable
     │   └── IncarnationError     the peer restarted                     remote, retryable
@@ -81,6 +83,10 @@ class ConfigError(KVError):
 
 class InsecureBindError(ConfigError):
     code = "insecure_bind"
+
+
+class CertificateError(ConfigError):
+    code = "certificate"
 
 
 class KVBufferError(KVError):
@@ -150,6 +156,10 @@ class ConnectError(LinkError):
 class HandshakeError(LinkError):
     code = "handshake"
     default_fault = Fault.REMOTE
+
+
+class TlsError(HandshakeError):
+    code = "tls"
 
 
 class PeerLostError(LinkError):

@@ -27,6 +27,7 @@ from .errors import (
 from .flow.backoff import Backoff
 from .flow.keepalive import Keepalive, Verdict
 from .flow.turns import Turns
+from .identity import Identity
 from .manifest import Manifest
 from .receiver import Receiver
 from .reconnect import Reconnect
@@ -80,6 +81,8 @@ class Link:
         self.peer = peer
         self.peer_name = hello.name
         self.peer_incarnation = hello.incarnation
+        self.identity: Identity | None = None
+        """Who dialled in, as it proved; None: it did not have to, or this side dialled."""
         self.dialled = dialled
         self.wanted = hello.count
         self.connections: list[Connection] = []

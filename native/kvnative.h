@@ -52,6 +52,16 @@ int kv_iovs_add(kv_iovs *iovs, void *data, size_t nbytes);
 int kv_iovs_add_pages(kv_iovs *iovs, const kv_pages *pages, size_t start, size_t stop);
 void kv_iovs_free(kv_iovs *iovs);
 
+/* ---- sockets.c: what one call moves ---- */
+
+#define KV_DEFAULT_BUDGET ((size_t)1 << 20)
+int kv_take_budget(size_t budget); /* -1 with ValueError for 0 */
+/* The iovecs of head ++ pages from `start`, at most `budget` bytes of them. -1 with an exception. */
+int kv_gather_message(kv_iovs *iovs, const Py_buffer *head, const kv_pages *pages, size_t start, size_t budget);
+/* The iovecs of pages from `start`, then of tail from `tail_start`, at most `budget` bytes of them. */
+int kv_gather_room(kv_iovs *iovs, const kv_pages *pages, size_t start, const Py_buffer *tail, size_t tail_start,
+                   size_t budget);
+
 /* O& converters: an integer 0..2^63-1 into size_t, 0..2^64-1 into uint64_t. */
 int kv_size_converter(PyObject *object, void *result);
 int kv_u64_converter(PyObject *object, void *result);
@@ -63,10 +73,14 @@ PyObject *kv_recv_pages(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *kv_hash_pages(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *kv_copy_pages(PyObject *module, PyObject *args, PyObject *kwargs);
 
+PyObject *kv_tls_version(PyObject *module, PyObject *unused);
+
+extern const char kv_tls_version_doc[];
 extern const char kv_send_pages_doc[], kv_recv_pages_doc[], kv_hash_pages_doc[], kv_copy_pages_doc[];
 
 int kv_add_arena_types(PyObject *module);
 int kv_add_hasher_type(PyObject *module);
+int kv_add_tls_types(PyObject *module);
 
 /* A DLPack capsule of uint8[nbytes] at `data`; becomes a user of the mapping. */
 PyObject *kv_dlpack_capsule(kv_mapping *mapping, void *data, size_t nbytes, bool readonly, bool versioned);

@@ -6,6 +6,7 @@ static PyMethodDef functions[] = {
     {"recv_pages", KV_METHOD(kv_recv_pages), METH_VARARGS | METH_KEYWORDS, kv_recv_pages_doc},
     {"hash_pages", KV_METHOD(kv_hash_pages), METH_VARARGS | METH_KEYWORDS, kv_hash_pages_doc},
     {"copy_pages", KV_METHOD(kv_copy_pages), METH_VARARGS | METH_KEYWORDS, kv_copy_pages_doc},
+    {"tls_version", kv_tls_version, METH_NOARGS, kv_tls_version_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -20,7 +21,8 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = PyModule_Create(&definition);
     if (!module) return NULL;
-    if (kv_add_arena_types(module) == 0 && kv_add_hasher_type(module) == 0 && kv_add_engine_types(module) == 0)
+    if (kv_add_arena_types(module) == 0 && kv_add_hasher_type(module) == 0 && kv_add_engine_types(module) == 0 &&
+        kv_add_tls_types(module) == 0)
         return module;
     Py_DECREF(module);
     return NULL;

@@ -12,7 +12,6 @@
 #define IOV_LIMIT 1024
 /* One receive of at most 256 KiB measured 18% faster than 1 MiB: the copy stays in the cache. */
 #define RECV_BYTES ((size_t)256 << 10)
-#define DEFAULT_BUDGET ((size_t)1 << 20)
 
 typedef ssize_t (*kv_transfer)(int fd, struct iovec *items, size_t count);
 
@@ -82,7 +81,7 @@ static int position_error(const char *what, size_t position, size_t nbytes) {
     return -1;
 }
 
-static int take_budget(size_t budget) {
+int kv_take_budget(size_t budget) {
     if (budget) return 0;
     PyErr_SetString(PyExc_ValueError, "budget must be at least 1 byte");
     return -1;
@@ -93,8 +92,7 @@ const char kv_send_pages_doc[] =
     "Send bytes of the message head ++ pages from position start on, without blocking.\n\n"
     "Stops when all is sent, the socket would block or budget bytes are sent; returns the bytes this call sent.";
 
-/* The iovecs of head ++ pages from `start`, at most `budget` bytes of them. */
-static int gather_message(kv_iovs *iovs, const Py_buffer *head, const kv_pages *pages, size_t start, size_t budget) {
+int kv_gather_message(kv_iovs *iovs, const Py_buffer *head, const kv_pages *pages, size_t start, size_t budget) {
     size_t head_bytes = (size_t)head->len;
     if (start > head_bytes + pages->nbytes) return position_error("start", start, head_bytes + pages->nbytes);
     size_t at = start; /* in the message */
@@ -116,17 +114,17 @@ PyObject *kv_send_pages(PyObject *module, PyObject *args, PyObject *kwargs) {
     PyObject *fd_object, *base, *pieces;
     Py_buffer head = {0};
     kv_pages pages;
-    size_t start, budget = DEFAULT_BUDGET;
+    size_t start, budget = KV_DEFAULT_BUDGET;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Oy*OOO&|O&:send_pages", names, &fd_object, &head, &base, &pieces,
                                      kv_size_converter, &start, kv_size_converter, &budget))
         return NULL;
     kv_moved moved = {0};
     bool ok = false;
     int fd = PyObject_AsFileDescriptor(fd_object);
-    if (fd >= 0 && take_budget(budget) == 0 && kv_pages_get(&pages, base, pieces, false) == 0) {
+    if (fd >= 0 && kv_take_budget(budget) == 0 && kv_pages_get(&pages, base, pieces, false) == 0) {
         kv_iovs iovs;
         kv_iovs_init(&iovs);
-        ok = gather_message(&iovs, &head, &pages, start, budget) == 0;
+        ok = kv_gather_message(&iovs, &head, &pages, start, budget) == 0;
         if (ok) {
             Py_BEGIN_ALLOW_THREADS
             moved = move(fd, &iovs, send_some, SIZE_MAX);
@@ -147,8 +145,8 @@ const char kv_recv_pages_doc[] =
     "Stops when all is there, the socket would block or budget bytes came; returns the bytes this call received.\n"
     "Raises EOFError when the peer has ended the stream and this call received nothing.";
 
-static int gather_room(kv_iovs *iovs, const kv_pages *pages, size_t start, const Py_buffer *tail, size_t tail_start,
-                       size_t budget) {
+int kv_gather_room(kv_iovs *iovs, const kv_pages *pages, size_t start, const Py_buffer *tail, size_t tail_start,
+                   size_t budget) {
     if (start > pages->nbytes) return position_error("start", start, pages->nbytes);
     if (tail_start > (size_t)tail->len) return position_error("tail_start", tail_start, (size_t)tail->len);
     size_t stop = budget < pages->nbytes - start ? start + budget : pages->nbytes;
@@ -163,13 +161,13 @@ PyObject *kv_recv_pages(PyObject *module, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"fd", "base", "pieces", "start", "tail", "tail_start", "budget", NULL};
     PyObject *fd_object, *base, *pieces, *tail_object = Py_None;
     kv_pages pages;
-    size_t start, tail_start = 0, budget = DEFAULT_BUDGET;
+    size_t start, tail_start = 0, budget = KV_DEFAULT_BUDGET;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO&|OO&O&:recv_pages", names, &fd_object, &base, &pieces,
                                      kv_size_converter, &start, &tail_object, kv_size_converter, &tail_start,
                                      kv_size_converter, &budget))
         return NULL;
     int fd = PyObject_AsFileDescriptor(fd_object);
-    if (fd < 0 || take_budget(budget) < 0) return NULL;
+    if (fd < 0 || kv_take_budget(budget) < 0) return NULL;
     Py_buffer tail = {0};
     if (tail_object != Py_None && PyObject_GetBuffer(tail_object, &tail, PyBUF_WRITABLE) < 0) return NULL;
     kv_moved moved = {0};
@@ -177,7 +175,7 @@ PyObject *kv_recv_pages(PyObject *module, PyObject *args, PyObject *kwargs) {
     if (kv_pages_get(&pages, base, pieces, true) == 0) {
         kv_iovs iovs;
         kv_iovs_init(&iovs);
-        ok = gather_room(&iovs, &pages, start, &tail, tail_start, budget) == 0;
+        ok = kv_gather_room(&iovs, &pages, start, &tail, tail_start, budget) == 0;
         if (ok) {
             Py_BEGIN_ALLOW_THREADS
             moved = move(fd, &iovs, recv_some, RECV_BYTES);

@@ -125,3 +125,16 @@ async def no_tasks_left() -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError(f"tasks left running: {others}")
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory):
+    """A directory with an authority, a node "n1" (127.0.0.1, localhost), a client "alice" of tenant "acme", and "other",
+    an authority of its own with a node of the same name."""
+    from kvpool import certs
+
+    directory = tmp_path_factory.mktemp("pki")
+    subjects = [certs.Subject.node("n1=127.0.0.1,::1,localhost"), certs.Subject.client("alice=acme")]
+    certs.make(directory, subjects)
+    certs.make(directory / "other", subjects)
+    return directory

@@ -10,6 +10,15 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from ..buffers import PageList
+from ..errors import KVError
+
+
+class BrokenStreamError(OSError):
+    """A stream that is broken for a reason of its own; ``cause`` says it as the package's users see it."""
+
+    def __init__(self, cause: KVError) -> None:
+        super().__init__(cause.message)
+        self.cause = cause
 
 
 class ByteStream(Protocol):

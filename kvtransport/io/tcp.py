@@ -13,11 +13,13 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..buffers import PageList, recv_pages, send_pages
 from ..errors import ConfigError, ConnectError
+from ..flow.gate import Pacer
 
 _TCP_INFO = getattr(socket, "TCP_INFO", 11)
 _RTT_OFFSET = 68  # tcpi_rtt in struct tcp_info (linux/tcp.h): 8 bytes of flags, then 32-bit words; rtt is the 16th
@@ -51,23 +53,27 @@ class TcpStream:
         self._sock = sock
         self._fd = sock.fileno()
         self._loop = loop
-        self._step = options.step_bytes
+        self.step_bytes = options.step_bytes
         self._reading = False
         self._writing = False
-        self._gone: asyncio.Future[None] = loop.create_future()
+        self.gone: asyncio.Future[None] = loop.create_future()
         self._last_word: asyncio.TimerHandle | None = None
         self.peer = _address(sock.getpeername())
         self.local = _address(sock.getsockname())
 
+    def fileno(self) -> int:
+        """The descriptor, -1 once closed."""
+        return self._fd
+
     def send(self, head: bytes, pages: PageList | None, start: int) -> int:
         if pages is None:
-            return send_pages(self._fd, head, None, None, start, self._step)
-        return send_pages(self._fd, head, pages.base, pages.pieces, start, self._step)
+            return send_pages(self._fd, head, None, None, start, self.step_bytes)
+        return send_pages(self._fd, head, pages.base, pages.pieces, start, self.step_bytes)
 
     def recv(self, pages: PageList | None, start: int, tail: bytearray, tail_start: int) -> int:
         if pages is None:
-            return recv_pages(self._fd, None, None, start, tail, tail_start, self._step)
-        return recv_pages(self._fd, pages.base, pages.pieces, start, tail, tail_start, self._step)
+            return recv_pages(self._fd, None, None, start, tail, tail_start, self.step_bytes)
+        return recv_pages(self._fd, pages.base, pages.pieces, start, tail, tail_start, self.step_bytes)
 
     def on_readable(self, callback: Callable[[], None] | None) -> None:
         if callback is not None:
@@ -92,8 +98,8 @@ class TcpStream:
         self._sock.close()
         if self._last_word is not None:
             self._last_word.cancel()
-        if not self._gone.done():
-            self._gone.set_result(None)
+        if not self.gone.done():
+            self.gone.set_result(None)
 
     def finish(self) -> asyncio.Future[None]:
         if self._fd >= 0 and self._last_word is None:
@@ -105,7 +111,7 @@ class TcpStream:
             else:
                 self.on_readable(self._discard)
                 self._last_word = self._loop.call_later(LAST_WORD_S, self.close)
-        return self._gone
+        return self.gone
 
     def _discard(self) -> None:
         try:
@@ -151,15 +157,32 @@ class TcpListener:
         loop: asyncio.AbstractEventLoop,
         options: TcpOptions,
         accept: Callable[[TcpStream], None],
+        pacer: Pacer | None = None,
     ) -> None:
         self._sock: socket.socket | None = sock
         self._loop = loop
         self._options = options
         self._accept = accept
+        self._pacer = pacer
+        self._paused = False
         self.host, self.port = sock.getsockname()[:2]
         loop.add_reader(sock.fileno(), self._on_ready)
 
     def _on_ready(self) -> None:
+        if self._pacer is None:
+            self._take()
+            return
+        wait = self._pacer.wait(self._loop.time())
+        if wait <= 0:
+            started = time.perf_counter()
+            self._take()
+            self._pacer.spend(self._loop.time(), time.perf_counter() - started)
+            wait = self._pacer.wait(self._loop.time())
+        if wait > 0:
+            # Strangers have had their share of this loop for now: they wait in the kernel's queue, which is bounded.
+            self._pause(wait)
+
+    def _take(self) -> None:
         # A burst of connections is taken in one go, but bounded so that established links keep running.
         for _ in range(16):
             if self._sock is None:
@@ -171,7 +194,7 @@ class TcpListener:
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     # Out of descriptors: readiness would spin. Pause, existing links go on.
-                    self._pause()
+                    self._pause(0.2)
                     return
                 raise
             try:
@@ -181,12 +204,14 @@ class TcpListener:
                 continue
             self._accept(stream)
 
-    def _pause(self) -> None:
-        if self._sock is not None:
+    def _pause(self, seconds: float) -> None:
+        if self._sock is not None and not self._paused:
+            self._paused = True
             self._loop.remove_reader(self._sock.fileno())
-            self._loop.call_later(0.2, self._resume)
+            self._loop.call_later(seconds, self._resume)
 
     def _resume(self) -> None:
+        self._paused = False
         if self._sock is not None:
             self._loop.add_reader(self._sock.fileno(), self._on_ready)
 
@@ -201,8 +226,10 @@ class TcpListener:
 class TcpNetwork:
     """See :class:`kvtransport.io.base.Network`."""
 
-    def __init__(self, options: TcpOptions | None = None) -> None:
+    def __init__(self, options: TcpOptions | None = None, *, pacer: Pacer | None = None) -> None:
+        """``pacer``: the share of the loop's time that accepting may take."""
         self.options = options or TcpOptions()
+        self._pacer = pacer
 
     async def connect(self, host: str, port: int) -> TcpStream:
         loop = asyncio.get_running_loop()
@@ -244,7 +271,7 @@ class TcpNetwork:
             _size_buffers(sock, self.options)
             sock.bind(address)
             sock.listen(self.options.backlog)
-            return TcpListener(sock, loop, self.options, accept)
+            return TcpListener(sock, loop, self.options, accept, self._pacer)
         except OSError as error:
             sock.close()
             hint = ""
@@ -281,6 +308,11 @@ def congestion_of(sock_or_fd: socket.socket) -> str:
     if not hasattr(socket, "TCP_CONGESTION"):
         return "unknown"
     return sock_or_fd.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+
+
+def address_of(peer: str) -> str:
+    """The address of a stream's ``peer``, without the port."""
+    return peer.rpartition(":")[0]
 
 
 def _address(name: object) -> str:

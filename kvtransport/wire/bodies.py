@@ -72,7 +72,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     ``incarnation`` is random per process start; ``link`` names the link that the connection joins (chosen by
     the dialer, echoed by the acceptor), of whose ``count`` connections this is number ``index``.
     ``peer_incarnation`` is what the sender believes the other side's incarnation to be, None when it has not
-    met it. ``window_bytes``: receive window the sender of the HELLO is ready to grant a transfer, 0 when it
+    met it. ``token`` proves that the dialer knows a secret, on this connection only (:mod:`kvtransport.identity`).
+    ``window_bytes``: receive window the sender of the HELLO is ready to grant a transfer, 0 when it
     does not say. ``keepalive_s``: it sends a PING after so many seconds of silence.
     """
 
@@ -95,7 +96,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"index must be below count ({self.count}), got {self.index}")
 
     def __repr__(self) -> str:
-        # The token is a secret: it must not reach a log through a repr.
+        # What proves a secret does not belong into a log.
         token = "None" if self.token is None else "<hidden>"
         shown = (f"{f}={token if f == 'token' else repr(getattr(self, f))}" for f in self.__struct_fields__)
         return f"Hello({', '.join(shown)})"

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from kvtransport import _pure_tls
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
 from kvtransport.errors import ConfigError, ConnectError, Fault, InsecureBindError
+from kvtransport.flow.gate import Gate, Pacer
 from kvtransport.io.memory import CAPACITY, MemoryNetwork, stream_pair
 from kvtransport.io.tcp import TcpNetwork, TcpOptions, TcpStream, congestion_of, tune
+from kvtransport.io.tls import TlsNetwork, TlsStream
+from kvtransport.tls import TlsConfig, reloading_credentials
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -37,12 +41,34 @@ class Pair:
         for each in (self.left, self.right, self.listener):
             each.close()
 
+    async def stopped(self) -> None:
+        """TLS delivers what it took, to a peer that reads, before it closes."""
+        for each in (self.left, self.right):
+            if isinstance(each, TlsStream) and each._tcp.fileno() >= 0:
+                each.abort()
 
-@pytest.fixture(params=["tcp", "memory"])
-async def pair(request):
-    pair = await Pair(TcpNetwork() if request.param == "tcp" else MemoryNetwork()).start()
+
+def tls_network(pki, **tcp) -> TlsNetwork:
+    config = TlsConfig(pki / "ca.pem", pki / "n1.pem", pki / "n1.key")
+    network = TcpNetwork(TcpOptions(**tcp))
+    return TlsNetwork(network, reloading_credentials(config), gate=Gate(64, 64), pacer=Pacer(0.5, 10.0))
+
+
+@pytest.fixture(params=["tcp", "memory", "tls", "tls-python"])
+async def pair(request, pki, monkeypatch):
+    if request.param == "tls-python":
+        for module in ("kvtransport.tls", "kvtransport.io.tls"):
+            monkeypatch.setattr(f"{module}.implementation", lambda: _pure_tls)
+    if request.param == "tcp":
+        network = TcpNetwork()
+    elif request.param == "memory":
+        network = MemoryNetwork()
+    else:
+        network = tls_network(pki)
+    pair = await Pair(network).start()
     yield pair
     pair.stop()
+    await pair.stopped()
 
 
 async def when(register) -> None:

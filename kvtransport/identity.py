@@ -69,6 +69,11 @@ class Token:
         return cls(name, secret.encode(), tenant)
 
     @classmethod
+    def shared(cls, text: str) -> Self:
+        """``name:secret``, or only a secret that both ends know (its name is then "shared"). Raises ConfigError."""
+        return cls.parse(text if ":" in text else f"shared:{text}")
+
+    @classmethod
     def load(cls, path: Path | str) -> Self:
         """The one token of a file. Raises ConfigError."""
         tokens = load_tokens(Path(path))

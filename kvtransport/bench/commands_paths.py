@@ -33,7 +33,7 @@ InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Beyond loopback: nothing is encrypted, the network is trusted.")
 ]
 TokenOption = Annotated[
-    str | None, typer.Option(envvar="KVBENCH_TOKEN", help="A secret both ends know; also KVBENCH_TOKEN.")
+    str | None, typer.Option(envvar="KVBENCH_TOKEN", help="A secret both ends know, at least 16 characters; also KVBENCH_TOKEN.")
 ]
 
 
@@ -124,7 +124,7 @@ def pipeline(
 
 @app.command(
     "serve",
-    epilog="Examples:  [bold]kvbench serve[/]   |   [bold]kvbench serve --host 0.0.0.0 --insecure --token secret[/]",
+    epilog="Examples:  [bold]kvbench serve[/]   |   [bold]kvbench serve --host 0.0.0.0 --insecure --token ...[/]",
 )
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -138,9 +138,11 @@ def serve(
     Beyond loopback only with --insecure: nothing is encrypted yet, so say so where the network is trusted.
     """
     from ..endpoint import EndpointConfig
+    from ..identity import Token, TokenStore
 
     out = console(None)
-    config = EndpointConfig(name="kvbench-serve", insecure=insecure, token=None if token is None else token.encode())
+    tokens = None if token is None else TokenStore([Token.shared(token)])
+    config = EndpointConfig(name="kvbench-serve", insecure=insecure, tokens=tokens)
 
     async def work() -> None:
         stop = asyncio.Event()
@@ -155,7 +157,7 @@ def serve(
 
 @app.command(
     "send",
-    epilog="Examples:  [bold]kvbench send 127.0.0.1[/]   |   [bold]kvbench send decode-3:5207 --insecure --token secret --json -[/]",
+    epilog="Examples:  [bold]kvbench send 127.0.0.1[/]   |   [bold]kvbench send decode-3:5207 --insecure --token ... --json -[/]",
 )
 def send(
     host: Annotated[str, typer.Argument(help="HOST or HOST:PORT of a 'kvbench serve'.")],

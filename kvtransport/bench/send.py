@@ -14,6 +14,7 @@ from rich.table import Table
 from .. import presets
 from ..endpoint import Endpoint, EndpointConfig
 from ..errors import ConfigError, IntegrityError
+from ..identity import Token
 from ..io.tcp import TcpOptions
 from ..link import Link
 from ..manifest import Manifest
@@ -85,7 +86,7 @@ async def measure(options: SendOptions, step: Callable[[str], None]) -> dict[str
     layout = presets.load(options.preset)
     settings: dict[str, Any] = {"name": "kvbench-send", "insecure": options.insecure}
     if options.token is not None:
-        settings["token"] = options.token.encode()
+        settings["token"] = Token.shared(options.token)
     if options.congestion is not None:
         settings["tcp"] = TcpOptions(congestion=options.congestion)
     if options.chunk_bytes is not None:

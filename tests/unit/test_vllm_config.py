@@ -10,6 +10,7 @@ from kvpool.engines.vllm.config import ConnectorConfig, read_config
 from kvpool.engines.vllm.params import Rendezvous, read_params
 from kvtransport.errors import ConfigError
 from kvtransport.flow.spilling import WhenFull
+from kvtransport.identity import Token
 
 ID = "00112233445566778899aabbccddeeff"
 
@@ -19,7 +20,7 @@ def test_settings_reach_the_transport():
         {
             "listen_port": 7000,
             "connections": 2,
-            "token": "secret",
+            "token": "a secret of 16 bytes",
             "keepalive_s": 1,
             "dead_after_s": 4.5,
             "spill_bytes": 0,
@@ -28,7 +29,9 @@ def test_settings_reach_the_transport():
         }
     )
     endpoint = config.endpoint("vllm:m:0")
-    assert (endpoint.name, endpoint.token, endpoint.insecure) == ("vllm:m:0", b"secret", False)
+    assert (endpoint.name, endpoint.insecure) == ("vllm:m:0", False)
+    assert endpoint.token == Token("shared", b"a secret of 16 bytes")
+    assert endpoint.tokens is not None  # either side may dial
     assert (endpoint.keepalive_s, endpoint.dead_after_s, endpoint.chunk_bytes) == (1, 4.5, 65_536)
     assert (endpoint.spill.budget_bytes, endpoint.spill.when_full) == (0, WhenFull.FAIL)
 

@@ -10,6 +10,7 @@ import msgspec
 from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import ConfigError
 from kvtransport.flow.spilling import SpillPolicy, WhenFull
+from kvtransport.identity import Token, TokenStore
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
@@ -96,10 +97,12 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     def endpoint(self, name: str) -> EndpointConfig:
         """The transport's settings for an endpoint called ``name``."""
+        token = None if self.token is None else Token.shared(self.token)
         return EndpointConfig(
             name=name,
             insecure=self.insecure,
-            token=None if self.token is None else self.token.encode(),
+            token=token,
+            tokens=None if token is None else TokenStore([token]),
             keepalive_s=self.keepalive_s,
             dead_after_s=self.dead_after_s,
             chunk_bytes=self.chunk_bytes,

@@ -195,9 +195,10 @@ static void take_super_packet(direction *d, const unsigned char *data, size_t le
 static void take(direction *d, const unsigned char *data, size_t length, double at) {
     const struct virtio_net_hdr *virtio = (const void *)data;
     const struct iphdr *ip = (const void *)(data + sizeof *virtio);
+    /* The link is IPv4's. What else a kernel says by itself on a new device (IPv6 looking for routers) is nobody's traffic. */
+    if (length < sizeof *virtio + sizeof *ip || ip->version != 4) return;
     d->packets++;
-    if (length < sizeof *virtio + sizeof *ip) return;
-    if (virtio->gso_type != VIRTIO_NET_HDR_GSO_NONE && virtio->gso_size && ip->version == 4 && ip->protocol == IPPROTO_TCP) {
+    if (virtio->gso_type != VIRTIO_NET_HDR_GSO_NONE && virtio->gso_size && ip->protocol == IPPROTO_TCP) {
         take_super_packet(d, data, length, at);
         return;
     }

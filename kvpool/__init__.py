@@ -7,6 +7,7 @@ from .keys import KeyChain, Namespace
 from .match import Explanation, Match
 from .pool import Pool
 from .protocol import LeaseInfo, PoolProtocol
+from .security import client_config
 
 __all__ = [
     "Explanation",
@@ -19,5 +20,6 @@ __all__ = [
     "PoolCore",
     "PoolError",
     "PoolProtocol",
+    "client_config",
     "connect",
 ]

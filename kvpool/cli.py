@@ -19,10 +19,12 @@ from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import ConfigError, KVError
 
 from .client import PoolClient, connect
+from .commands_security import register as register_security
 from .demo.cli import register as register_demo
 from .keys import KeyChain
 from .replay.cli import register as register_replay
 from .scheduling.cli import register as register_scheduling
+from .security import client_config
 
 app = typer.Typer(
     name="kvpool",
@@ -35,6 +37,16 @@ app = typer.Typer(
 
 Address = Annotated[str, typer.Option("--address", "-a", help="HOST:PORT of a kvpoold")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Connect beyond loopback without encryption")]
+Ca = Annotated[
+    Path | None, typer.Option("--ca", envvar="KVPOOL_CA", help="PEM file of the pool's certificate authority: TLS")
+]
+Certificate = Annotated[
+    Path | None, typer.Option("--certificate", envvar="KVPOOL_CERTIFICATE", help="PEM file of a client certificate")
+]
+Key = Annotated[Path | None, typer.Option("--key", envvar="KVPOOL_KEY", help="PEM file of its key")]
+TokenFile = Annotated[
+    Path | None, typer.Option("--token", envvar="KVPOOL_TOKEN", help="File with a token, instead of a certificate")
+]
 JsonTo = Annotated[
     str | None, typer.Option("--json", metavar="PATH", help="Write one JSON object to PATH; '-' is standard output")
 ]
@@ -60,13 +72,18 @@ def human(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
-def _with_pool(address: str, insecure: bool, work: Callable[[PoolClient], Awaitable[Any]]) -> Any:
+def _access(
+    insecure: bool, ca: Path | None, certificate: Path | None, key: Path | None, token: Path | None
+) -> EndpointConfig:
+    return client_config(name="kvpool", insecure=insecure, authority=ca, certificate=certificate, key=key, token=token)
+
+
+def _with_pool(address: str, config: EndpointConfig, work: Callable[[PoolClient], Awaitable[Any]]) -> Any:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"{address!r} is not an address: write HOST:PORT, such as 127.0.0.1:7777")
 
     async def run() -> Any:
-        config = EndpointConfig(name="kvpool", insecure=insecure)
         async with await connect(host.strip("[]"), int(port), connections=1, config=config) as pool:
             return await work(pool)
 
@@ -74,9 +91,17 @@ def _with_pool(address: str, insecure: bool, work: Callable[[PoolClient], Awaita
 
 
 @app.command(epilog="Examples:  [bold]kvpool stat[/]   |   [bold]kvpool stat -a 127.0.0.1:7777 --json -[/]")
-def stat(address: Address = "127.0.0.1:7777", insecure: Insecure = False, json_to: JsonTo = None) -> None:
+def stat(
+    address: Address = "127.0.0.1:7777",
+    insecure: Insecure = False,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token: TokenFile = None,
+    json_to: JsonTo = None,
+) -> None:
     """What a pool holds: bytes by class and group, entries, hits and misses by reason."""
-    body = _with_pool(address, insecure, lambda pool: pool.stat())
+    body = _with_pool(address, _access(insecure, ca, certificate, key, token), lambda pool: pool.stat())
     out = console(json_to)
     table = Table(title=f"kvpoold at {address}", show_header=False)
     table.add_row("memory", f"{human(body['used_bytes'])} used of {human(body['total_bytes'])}")
@@ -103,6 +128,10 @@ def explain(
     block_tokens: Annotated[int, typer.Option(help="Tokens of a block")] = 64,
     address: Address = "127.0.0.1:7777",
     insecure: Insecure = False,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token: TokenFile = None,
     json_to: JsonTo = None,
 ) -> None:
     """Why a prompt's match is as long as it is: per group how far it reaches and what ends it."""
@@ -113,7 +142,7 @@ def explain(
         ns = await pool.namespace(layout, block_tokens)
         return await pool.explain(ns, KeyChain(ns, ids))
 
-    explanation = _with_pool(address, insecure, work)
+    explanation = _with_pool(address, _access(insecure, ca, certificate, key, token), work)
     console(json_to).print(str(explanation))
     write_json(json_to, explanation.as_dict())
 
@@ -122,13 +151,17 @@ def explain(
 def clear(
     address: Address = "127.0.0.1:7777",
     insecure: Insecure = False,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token: TokenFile = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
     json_to: JsonTo = None,
 ) -> None:
     """Evict everything of this tenant that is not in use."""
     if not yes and not typer.confirm(f"Evict everything from the pool at {address}?"):
         raise typer.Exit(1)
-    entries = _with_pool(address, insecure, lambda pool: pool.clear())
+    entries = _with_pool(address, _access(insecure, ca, certificate, key, token), lambda pool: pool.clear())
     console(json_to).print(f"{entries:,} entries evicted")
     write_json(json_to, {"entries": entries})
 
@@ -145,6 +178,7 @@ def _token_ids(source: str) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 register_demo(app)
+register_security(app)
 register_scheduling(app)
 register_replay(app)
 

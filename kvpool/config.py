@@ -9,8 +9,11 @@ from pathlib import Path
 import msgspec
 
 from kvtransport.errors import ConfigError
+from kvtransport.identity import TokenStore
+from kvtransport.tls import TlsConfig
 
 from .eviction import DEFAULT_POLICY, POLICIES
+from .security import TlsSettings
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -37,6 +40,10 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Bytes of one page of that memory."""
     name: str = "kvpoold"
     """Name shown to peers."""
+    tls: TlsSettings | None = None
+    """TLS 1.3 on every connection, as a table: authority, certificate, key, client_certificates. "kvpool certs" makes the files."""
+    tokens: str = ""
+    """File of the tokens that clients may show instead of a certificate, one a line; "kvpool token" makes one."""
     insecure: bool = False
     """Allow listening beyond loopback without encryption and authentication."""
     grace_s: float = 10.0
@@ -60,6 +67,19 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     lock: bool = True
     """Lock the memory where the system allows it."""
 
+    directory: str = "."
+    """Where relative paths start; by default where the settings' file is."""
+
+    @property
+    def tls_config(self) -> TlsConfig | None:
+        """Raises ConfigError."""
+        return None if self.tls is None else self.tls.config(Path(self.directory))
+
+    @property
+    def token_store(self) -> TokenStore | None:
+        """Raises ConfigError."""
+        return TokenStore(Path(self.directory) / self.tokens) if self.tokens else None
+
     @property
     def memory_bytes(self) -> int:
         return parse_size(self.memory)
@@ -75,6 +95,17 @@ def load(path: Path | None, overrides: dict[str, object]) -> DaemonConfig:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not TOML: {error}") from error
+    if path is not None:
+        body.setdefault("directory", str(path.parent))
+    tls = {key.removeprefix("tls_"): value for key, value in overrides.items() if key.startswith("tls_")}
+    overrides = {key: value for key, value in overrides.items() if not key.startswith("tls_")}
+    if any(value is not None for value in tls.values()):
+        # Given by hand: from where the command was typed.
+        given = {key: str(Path(str(value)).absolute()) for key, value in tls.items() if value is not None}
+        there = body.get("tls")
+        body["tls"] = {**there, **given} if isinstance(there, dict) else given
+    if overrides.get("tokens"):
+        overrides["tokens"] = str(Path(str(overrides["tokens"])).absolute())
     body.update({key: value for key, value in overrides.items() if value is not None})
     try:
         config = msgspec.convert(body, DaemonConfig)

@@ -21,6 +21,7 @@ from kvtransport.flow.spilling import SpillPolicy
 from .arena import PageArena
 from .config import DaemonConfig, load, parse_size
 from .core import PoolCore
+from .security import RefusalReport
 from .server import PoolServer
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -30,7 +31,10 @@ Examples:
 
   kvpoold --memory 8GiB
 
-  kvpoold --host 0.0.0.0 --insecure --memory 64GiB   (a network you trust, until TLS is configured)
+  kvpoold --host 0.0.0.0 --tls-authority ca.pem --tls-certificate node1.pem --tls-key node1.key --memory 64GiB
+  (files of 'kvpool certs')
+
+  kvpoold --host 0.0.0.0 --insecure --memory 64GiB   (a network you trust)
 
   kvpoold --config /etc/kvpoold.toml
 """
@@ -44,6 +48,10 @@ def serve(
     memory: Annotated[str | None, typer.Option(help="Memory for the pool, such as 8GiB [1GiB]")] = None,
     policy: Annotated[str | None, typer.Option(help="Eviction: marconi, lru, s3fifo, sieve or gdsf [marconi]")] = None,
     name: Annotated[str | None, typer.Option(help="Name shown to peers")] = None,
+    tls_authority: Annotated[Path | None, typer.Option(help="PEM file of the certificate authority: TLS 1.3")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file of this node's certificate")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="File of the tokens that clients may show")] = None,
     insecure: Annotated[
         bool | None, typer.Option(help="Listen beyond loopback without encryption", show_default=False)
     ] = None,
@@ -55,7 +63,13 @@ def serve(
     transfers in progress, a second one stops at once.
     """
     try:
-        given = {"host": host, "port": port, "memory": memory, "policy": policy, "name": name}
+        given: dict[str, object] = {"host": host, "port": port, "memory": memory, "policy": policy, "name": name}
+        given |= {
+            "tls_authority": tls_authority,
+            "tls_certificate": tls_certificate,
+            "tls_key": tls_key,
+            "tokens": tokens,
+        }
         settings = load(config, {**given, "insecure": insecure, "grace_s": grace_s})
         clean = _run(run(settings))
     except KVError as error:
@@ -94,6 +108,8 @@ async def run(config: DaemonConfig) -> bool:
         keepalive_s=config.keepalive_s,
         dead_after_s=config.dead_after_s,
         reconnect_s=config.reconnect_s,
+        tls=config.tls_config,
+        tokens=config.token_store,
         spill=SpillPolicy(budget_bytes=0),
     )
     endpoint = Endpoint(endpoint_config)
@@ -104,7 +120,7 @@ async def run(config: DaemonConfig) -> bool:
     gc.freeze()
     try:
         host, port = await endpoint.listen(config.host, config.port)
-        for note in arena.info.notes:
+        for note in [*arena.info.notes, *_security(endpoint, config)]:
             print(f"kvpoold: note: {note}", file=sys.stderr)
         print(f"kvpoold listening on {host}:{port}, {arena.info.nbytes} bytes", flush=True)
         await stops.first.wait()
@@ -123,6 +139,30 @@ async def run(config: DaemonConfig) -> bool:
         await server.close()
         await endpoint.close()
         pages.close()
+
+
+def _security(endpoint: Endpoint, config: DaemonConfig) -> list[str]:
+    """Tell of peers that are refused and of files that were read again; returns what there is to say at the start."""
+
+    def say(line: str) -> None:
+        print(f"kvpoold: {line}", file=sys.stderr, flush=True)
+
+    endpoint.on_refused = RefusalReport(time.monotonic, say).refused
+    notes: list[str] = []
+    credentials = endpoint.admission.credentials
+    if credentials is not None:
+        credentials.on_change = say
+        notes += credentials.get().notes
+    tokens = endpoint.config.tokens
+    if tokens is not None and tokens.file is not None:
+        tokens.file.on_change = say
+        if credentials is None:
+            notes.append(
+                "tokens without TLS keep strangers out by mistake, not on purpose: who reads the network can use them"
+            )
+    if config.insecure:
+        notes.append("insecure = true: nothing is encrypted or authenticated unless TLS is configured")
+    return notes
 
 
 class Stops:

@@ -27,11 +27,11 @@ from .get import Get
 from .keys import Namespace
 from .messages import Args, chain_from_wire, match_to_wire
 from .put import Put
+from .security import tenant_of
 from .waiting import Waiting
 
 TICK_S = 0.1
 """How often deadlines are looked at."""
-DEFAULT_TENANT = "default"
 
 Verb = Callable[["Session", Args], Awaitable[dict[str, Any]]]
 T = TypeVar("T")
@@ -130,7 +130,7 @@ class PoolServer:
     def _session(self, link: Link) -> Session:
         session = self._sessions.get(link)
         if session is None:
-            session = self._sessions[link] = Session(link, DEFAULT_TENANT)
+            session = self._sessions[link] = Session(link, tenant_of(link.identity))
             link.on_end(lambda: self._leave(session))
         return session
 

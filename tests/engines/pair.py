@@ -34,8 +34,36 @@ class PairResult:
         return self.decode.first_s - self.prefill.end_s
 
 
-@dataclass(slots=True)
-class KvTransportPair:
+class Turns:
+    """Pairs that take turns: the processes of the one that waits are stopped."""
+
+    prefill: Engine
+    decode: Engine
+
+    def pause(self) -> None:
+        """Stop both engines (SIGSTOP) once they hold no request."""
+        self.free_blocks()
+        self.prefill.freeze()
+        self.decode.freeze()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[Self]:
+        """The engines run inside."""
+        self.decode.thaw()
+        self.prefill.thaw()
+        try:
+            yield self
+        finally:
+            self.prefill.freeze()
+            self.decode.freeze()
+
+    def free_blocks(self) -> tuple[int, int]:
+        """Free blocks of prefill and decode once both hold no request."""
+        return self.prefill.wait_idle(), self.decode.wait_idle()
+
+
+@dataclass
+class KvTransportPair(Turns):
     """Two engines joined by our connector. ``extra`` goes into both sides' kv_connector_extra_config."""
 
     model: Path
@@ -138,10 +166,6 @@ class KvTransportPair:
         self.submit(request, prompt, max_tokens=max_tokens, port=port)
         return PairResult(self.prefill.result(request), self.decode.result(request))
 
-    def free_blocks(self) -> tuple[int, int]:
-        """Free blocks of prefill and decode once both hold no request."""
-        return self.prefill.wait_idle(), self.decode.wait_idle()
-
     # -- what the connector wrote (its debug_dir) ----------------------------------------------------
 
     def records(self, kind: str, role: str) -> list[dict[str, Any]]:
@@ -167,8 +191,8 @@ class KvTransportPair:
         }
 
 
-@dataclass(slots=True)
-class NixlPair:
+@dataclass
+class NixlPair(Turns):
     """The same two engines joined by vLLM's own NixlConnector, UCX over TCP. Decode reads when prefill has ended."""
 
     model: Path

@@ -32,7 +32,13 @@ if not SELECTED:
 STEP = 512
 LENGTHS = (STEP + 1, 2 * STEP + 1, 4 * STEP + 1)
 
-FAST_LOSS = {"keepalive_s": 1.0, "dead_after_s": 5.0, "receive_deadline_s": 180.0, "send_deadline_s": 180.0}
+FAST_LOSS = {
+    "keepalive_s": 1.0,
+    "dead_after_s": 5.0,
+    "reconnect_s": 2.0,
+    "receive_deadline_s": 180.0,
+    "send_deadline_s": 180.0,
+}
 
 _report = Report()
 

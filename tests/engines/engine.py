@@ -20,7 +20,7 @@ from typing import Any, Self
 START_TIMEOUT_S = 240.0
 REPLY_TIMEOUT_S = 180.0
 
-_ENVIRONMENT: Mapping[str, str] = {
+ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -107,7 +107,7 @@ class Engine:
         events, events_write = os.pipe()
         environment = {
             **os.environ,
-            **_ENVIRONMENT,
+            **ENVIRONMENT,
             "VLLM_CPU_OMP_THREADS_BIND": str(settings.core),
             **settings.environment,
         }

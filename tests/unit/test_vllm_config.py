@@ -10,6 +10,7 @@ from kvpool.engines.vllm.config import ConnectorConfig, read_config
 from kvpool.engines.vllm.params import Rendezvous, read_params
 from kvtransport.errors import ConfigError
 from kvtransport.flow.spilling import WhenFull
+from kvtransport.tls import TlsConfig
 from kvtransport.identity import Token
 
 ID = "00112233445566778899aabbccddeeff"
@@ -23,6 +24,7 @@ def test_settings_reach_the_transport():
             "token": "a secret of 16 bytes",
             "keepalive_s": 1,
             "dead_after_s": 4.5,
+            "reconnect_s": 0,
             "spill_bytes": 0,
             "when_spill_full": "fail",
             "chunk_bytes": 65_536,
@@ -32,7 +34,8 @@ def test_settings_reach_the_transport():
     assert (endpoint.name, endpoint.insecure) == ("vllm:m:0", False)
     assert endpoint.token == Token("shared", b"a secret of 16 bytes")
     assert endpoint.tokens is not None  # either side may dial
-    assert (endpoint.keepalive_s, endpoint.dead_after_s, endpoint.chunk_bytes) == (1, 4.5, 65_536)
+    assert (endpoint.keepalive_s, endpoint.dead_after_s, endpoint.reconnect_s) == (1, 4.5, 0)
+    assert endpoint.chunk_bytes == 65_536
     assert (endpoint.spill.budget_bytes, endpoint.spill.when_full) == (0, WhenFull.FAIL)
 
 
@@ -53,6 +56,8 @@ def test_every_key_is_documented_where_users_look():
         ({"keepalive_s": 20}, "dead_after_s (15) must be above keepalive_s (20)"),
         ({"debug_hashes": True}, "debug_hashes needs debug_dir"),
         ({"receive_deadline_s": 0}, "receive_deadline_s"),
+        ({"tls_certificate": "me.pem", "tls_key": "me.key"}, "tls_certificate needs tls_authority"),
+        ({"tls_authority": "ca.pem", "tls_key": "me.key"}, "tls_certificate and tls_key belong together"),
     ],
 )
 def test_wrong_settings_are_named(extra, says):
@@ -60,6 +65,12 @@ def test_wrong_settings_are_named(extra, says):
         read_config(extra)
     assert says in caught.value.message
     assert "the keys are: dial, listen_host" in caught.value.message
+
+
+def test_tls_reaches_the_transport():
+    config = read_config({"tls_authority": "ca.pem", "tls_certificate": "me.pem", "tls_key": "me.key", "tls_server_name": "d"})
+    assert config.endpoint("x").tls == TlsConfig("ca.pem", "me.pem", "me.key", server_name="d")
+    assert read_config({}).endpoint("x").tls is None
 
 
 @pytest.mark.parametrize("dial", ["producer", "consumer"])

@@ -11,9 +11,11 @@ from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import ConfigError
 from kvtransport.flow.spilling import SpillPolicy, WhenFull
 from kvtransport.identity import Token, TokenStore
+from kvtransport.tls import TlsConfig
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+Text = Annotated[str, msgspec.Meta(min_length=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 44)]
 
 
@@ -31,9 +33,21 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     connections: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     """TCP connections per link (a pair of ranks), opened by the side that dials."""
     token: str | None = None
-    """Shared secret that the dialling side presents and the listening side demands."""
+    """Shared secret of at least 16 bytes (or ``name:secret``) that the dialling side proves to know and the listening side demands."""
+    tls_authority: Text | None = None
+    """PEM file of the certificate authorities that the other side's certificate is held against; turns TLS 1.3 on. Then both sides
+    need it, the listening one with a certificate of its own."""
+    tls_certificate: Text | None = None
+    """PEM file of this side's certificate (with its chain)."""
+    tls_key: Text | None = None
+    """PEM file of its key."""
+    tls_client_certificates: Literal["require", "accept", "off"] = "accept"
+    """Certificates of dialling peers: "require" one, "accept" one instead of a token, or "off": they are not asked for."""
+    tls_server_name: Text | None = None
+    """What the listening side's certificate is made out to, where that is not the host that is dialled."""
     insecure: bool = False
-    """Allow addresses beyond loopback although nothing is encrypted. Only for networks that are trusted themselves."""
+    """Allow addresses beyond loopback although nothing is encrypted or nobody is authenticated. Only for networks that are trusted
+    themselves."""
 
     receive_deadline_s: Seconds = 120.0
     """Decode: from its blocks' allocation until the cache must be complete; then the request counts as failed and vLLM follows
@@ -45,7 +59,10 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     keepalive_s: Seconds = 5.0
     """A peer that is silent for so long is pinged."""
     dead_after_s: Seconds = 15.0
-    """A peer that is silent for so long is given up: transfers with it fail."""
+    """A peer that is silent for so long is given up: its connections are closed."""
+    reconnect_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 10.0
+    """Connections that were lost are dialled again, or waited for, for so long, and transfers go on with what is missing; then they
+    fail. 0: they fail at once."""
 
     chunk_bytes: Annotated[int, msgspec.Meta(ge=4_096, le=16 << 20)] = 1 << 20
     """Largest chunk: the unit of striping, checksum and acknowledgement."""
@@ -68,7 +85,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     revision: str = ""
     """Revision of the weights; part of the fingerprint: sides with different ones refuse each other."""
 
-    debug_dir: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    debug_dir: Text | None = None
     """Append a JSON line per ended transfer to ``transfers-<role>-<rank>-<pid>.jsonl`` here: end, error, bytes, times per layer."""
     debug_hashes: bool = False
     """With ``debug_dir``: also xxh3_64 of every layer's bytes, at both ends, to ``hashes-<role>-<rank>-<pid>.jsonl``. Slow."""
@@ -78,6 +95,12 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def __post_init__(self) -> None:
         if self.dead_after_s <= self.keepalive_s:
             raise ValueError(f"dead_after_s ({self.dead_after_s:g}) must be above keepalive_s ({self.keepalive_s:g})")
+        if self.tls_authority is None:
+            for name in ("tls_certificate", "tls_key", "tls_server_name"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs tls_authority, which turns TLS on")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
         if self.debug_hashes and self.debug_dir is None:
             raise ValueError("debug_hashes needs debug_dir, where the hashes are written")
 
@@ -101,12 +124,25 @@ class ConnectorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         return EndpointConfig(
             name=name,
             insecure=self.insecure,
+            tls=self._tls(),
             token=token,
             tokens=None if token is None else TokenStore([token]),
             keepalive_s=self.keepalive_s,
             dead_after_s=self.dead_after_s,
+            reconnect_s=self.reconnect_s,
             chunk_bytes=self.chunk_bytes,
             spill=SpillPolicy(budget_bytes=self.spill_bytes, when_full=WhenFull(self.when_spill_full)),
+        )
+
+    def _tls(self) -> TlsConfig | None:
+        if self.tls_authority is None:
+            return None
+        return TlsConfig(
+            self.tls_authority,
+            self.tls_certificate,
+            self.tls_key,
+            client_certificates=self.tls_client_certificates,
+            server_name=self.tls_server_name,
         )
 
 

@@ -10,8 +10,8 @@ from kvpool.engines.vllm.config import ConnectorConfig, read_config
 from kvpool.engines.vllm.params import Rendezvous, read_params
 from kvtransport.errors import ConfigError
 from kvtransport.flow.spilling import WhenFull
-from kvtransport.tls import TlsConfig
 from kvtransport.identity import Token
+from kvtransport.tls import TlsConfig
 
 ID = "00112233445566778899aabbccddeeff"
 
@@ -68,7 +68,9 @@ def test_wrong_settings_are_named(extra, says):
 
 
 def test_tls_reaches_the_transport():
-    config = read_config({"tls_authority": "ca.pem", "tls_certificate": "me.pem", "tls_key": "me.key", "tls_server_name": "d"})
+    config = read_config(
+        {"tls_authority": "ca.pem", "tls_certificate": "me.pem", "tls_key": "me.key", "tls_server_name": "d"}
+    )
     assert config.endpoint("x").tls == TlsConfig("ca.pem", "me.pem", "me.key", server_name="d")
     assert read_config({}).endpoint("x").tls is None
 

@@ -1,5 +1,6 @@
 /* The engine's Python types: thin, positional arguments only; kvtransport/io/engine.py is their user. */
 #include "engine.h"
+#include "tls.h"
 
 #ifdef KV_ENGINE
 #include <errno.h>
@@ -21,6 +22,7 @@ typedef struct {
     PyObject_HEAD
     Engine *owner;
     Group *joined;
+    PyObject *tls; /* whose records the connection uses, or NULL */
     kv_conn *conn;
 } Conn;
 
@@ -249,8 +251,8 @@ static PyObject *engine_drain(PyObject *self, PyObject *unused) {
 static PyObject *engine_adopt(PyObject *self, PyObject *args) {
     int fd;
     long long tag;
-    PyObject *limits_object;
-    if (!PyArg_ParseTuple(args, "iOL:adopt", &fd, &limits_object, &tag)) return NULL;
+    PyObject *limits_object, *tls = Py_None;
+    if (!PyArg_ParseTuple(args, "iOL|O:adopt", &fd, &limits_object, &tag, &tls)) return NULL;
     uint32_t limits[KV_TYPES] = {0};
     if (!PyTuple_Check(limits_object) || PyTuple_Size(limits_object) != KV_TYPES)
         return PyErr_Format(PyExc_TypeError, "limits must be a tuple of %d integers", KV_TYPES);
@@ -264,7 +266,18 @@ static PyObject *engine_adopt(PyObject *self, PyObject *args) {
     if (!conn) return NULL;
     Py_INCREF(self);
     conn->owner = (Engine *)self;
-    kv_stream *stream = kv_plain_stream(fd);
+    kv_stream *stream;
+    if (tls == Py_None) {
+        stream = kv_plain_stream(fd);
+    } else {
+        kv_tls_records *records = kv_tls_hand_over(tls, fd);
+        if (!records) {
+            Py_DECREF((PyObject *)conn);
+            return NULL;
+        }
+        conn->tls = Py_NewRef(tls);
+        stream = kv_tls_stream(records);
+    }
     if (!stream) {
         Py_DECREF((PyObject *)conn);
         return PyErr_NoMemory();
@@ -295,8 +308,8 @@ static PyMethodDef engine_methods[] = {
     {"stop", engine_stop, METH_NOARGS, "stop($self)\n--\n\nEnd the threads; nothing moves afterwards. Idempotent."},
     {"drain", engine_drain, METH_NOARGS, "drain($self)\n--\n\nWhat has happened since, as tuples (kind, tag, ...)."},
     {"adopt", engine_adopt, METH_VARARGS,
-     "adopt($self, fd, limits, tag, /)\n--\n\nA connection over this non-blocking socket, which is the engine's from now "
-     "on, error or not."},
+     "adopt($self, fd, limits, tag, tls=None, /)\n--\n\nA connection over this non-blocking socket, which is the engine's "
+     "from now on, error or not; with `tls` after its handshake over the records of that object."},
     {"group", engine_group, METH_NOARGS, "group($self)\n--\n\nThe connections and transfers of one link."},
     {NULL, NULL, 0, NULL},
 };
@@ -334,6 +347,7 @@ static void conn_dealloc(PyObject *object) {
         kv_conn_free(self->conn);
         Py_END_ALLOW_THREADS
     }
+    Py_XDECREF(self->tls); /* its records were in use until now */
     Py_XDECREF((PyObject *)self->joined);
     Py_XDECREF((PyObject *)self->owner);
     free_object(object);

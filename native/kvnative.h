@@ -81,6 +81,9 @@ extern const char kv_send_pages_doc[], kv_recv_pages_doc[], kv_hash_pages_doc[],
 int kv_add_arena_types(PyObject *module);
 int kv_add_hasher_type(PyObject *module);
 int kv_add_tls_types(PyObject *module);
+/* The records of a Tls object for the engine, which alone uses them from now on while the object lives. NULL with an
+ * exception where it is none, has not shaken hands, is in use, or is on another descriptor. */
+struct kv_tls_records *kv_tls_hand_over(PyObject *tls, int fd);
 
 /* A DLPack capsule of uint8[nbytes] at `data`; becomes a user of the mapping. */
 PyObject *kv_dlpack_capsule(kv_mapping *mapping, void *data, size_t nbytes, bool readonly, bool versioned);

@@ -459,6 +459,24 @@ static PyObject *tls_shutdown(PyObject *self, PyObject *unused) {
     return PyLong_FromSize_t(kv_tls_kept(&tls->records));
 }
 
+struct kv_tls_records *kv_tls_hand_over(PyObject *object, int fd) {
+    if (!PyObject_TypeCheck(object, (PyTypeObject *)tls_type)) {
+        PyErr_Format(PyExc_TypeError, "expected a Tls object, got %R", object);
+        return NULL;
+    }
+    tls_object *tls = (tls_object *)object;
+    if (tls->done && tls->fd != fd) {
+        PyErr_Format(PyExc_ValueError, "this Tls object is on descriptor %d, not %d", tls->fd, fd);
+        return NULL;
+    }
+    if (begin_io(tls, &tls->writing) < 0) return NULL;
+    if (begin_io(tls, &tls->reading) < 0) {
+        tls->writing = false;
+        return NULL;
+    }
+    return &tls->records;
+}
+
 static PyObject *get_kept(PyObject *self, void *unused) {
     (void)unused;
     return PyLong_FromSize_t(kv_tls_kept(&((tls_object *)self)->records));

@@ -35,7 +35,7 @@ typedef struct {
     uint64_t sequence;
 } kv_tls_way;
 
-typedef struct {
+typedef struct kv_tls_records {
     const kv_openssl *o;
     int fd;
     const struct kv_tls_suite *suite;
@@ -80,5 +80,9 @@ bool kv_tls_pending(const kv_tls_records *r);
 static inline size_t kv_tls_kept(const kv_tls_records *r) { return r->out_end - r->out_at; }
 /* Seals close_notify behind what is kept; what the socket does not take now stays kept. */
 void kv_tls_shutdown(kv_tls_records *r);
+
+/* tls_stream.c: the engine's view. NULL: no memory. */
+struct kv_stream;
+struct kv_stream *kv_tls_stream(kv_tls_records *records);
 
 #endif

@@ -17,16 +17,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from kvtransport import _native, _pure_tls
 from kvtransport.buffers import PageList
 from kvtransport.tls import SUITES
+from tests.tlskit import contexts, shake
 
 AES128 = "TLS_AES_128_GCM_SHA256"
-
-
-def contexts(pki, types=(_native, _native), suites=SUITES):
-    ca, cert, key = ((pki / name).read_bytes() for name in ("ca.pem", "n1.pem", "n1.key"))
-    return (
-        types[0].TlsContext(False, None, None, ca, 2, suites),
-        types[1].TlsContext(True, cert, key, None, 0, suites),
-    )
 
 
 class Pair:
@@ -44,13 +37,6 @@ class Pair:
     def close(self) -> None:
         for sock in self.sockets:
             sock.close()
-
-
-def shake(*ends) -> None:
-    for _ in range(50):
-        if sum(end.handshake() for end in ends) == 0:
-            return
-    raise AssertionError("no handshake in 50 steps")
 
 
 @pytest.fixture

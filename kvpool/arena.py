@@ -225,6 +225,24 @@ class PageArena:
         matrix = slabs if isinstance(slabs, np.ndarray) else self.stack(slabs)
         return self.page_list([self.pieces(matrix, offset, nbytes_each)])
 
+    def pages_in_order(self, slabs: Sequence[Slab]) -> PageList:
+        """All bytes of all slabs, one after another; raises SlabError when one was freed."""
+        if not slabs:
+            return self.page_list([NO_PIECES])
+        counts = np.fromiter((len(s.pages) for s in slabs), np.int64, len(slabs))
+        pages = np.concatenate([s.pages for s in slabs])
+        owners = np.repeat(np.fromiter((s.generation for s in slabs), np.int64, len(slabs)), counts)
+        if not (self.page_generation[pages] == owners).all():
+            raise SlabError("a slab was used after it was freed")
+        pieces = np.empty((len(pages), 2), dtype=np.int64)
+        np.multiply(pages, self.page_bytes, out=pieces[:, 0], dtype=np.int64)
+        pieces[:, 1] = self.page_bytes
+        some = counts > 0
+        last = np.cumsum(counts)[some] - 1
+        sizes = np.fromiter((s.nbytes for s in slabs), np.int64, len(slabs))
+        pieces[last, 1] = (sizes - (counts - 1) * self.page_bytes)[some]
+        return self.page_list([pieces])
+
     @staticmethod
     def stack(slabs: Sequence[Slab] | Slabs) -> Pages:
         """Page numbers of equally long slabs: int32 of shape (slabs, pages)."""

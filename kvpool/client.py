@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
-from kvtransport.errors import KVError, ManifestError
+from kvtransport.errors import KVBufferError, KVError, ManifestError
 from kvtransport.layout import CacheLayout
 from kvtransport.link import Link
 from kvtransport.manifest import Manifest, new_transfer_id
@@ -18,6 +18,7 @@ from .admission import CheckpointHints
 from .keys import KeyChain, Namespace
 from .match import Explanation, Match
 from .messages import chain_to_wire, explanation_from_wire, hints_from_wire, match_from_wire
+from .objects import Landing, pages_of, units
 from .protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
 
 Into = Mapping[tuple[int, int], PageList] | Callable[[Manifest], Mapping[tuple[int, int], PageList]]
@@ -143,31 +144,45 @@ class PoolClient:
         return list((await self.link.call("exists", {"keys": list(keys)}))["found"])
 
     async def put_objects(self, objects: Mapping[bytes, Any]) -> None:
-        sources = {key: PageList.of(buffer) for key, buffer in objects.items()}
+        sources = [pages_of(buffer) for buffer in objects.values()]
         args = {
-            "keys": list(sources),
-            "sizes": [pages.nbytes for pages in sources.values()],
-            "checksums": [pages.hash(0) for pages in sources.values()],
+            "keys": list(objects),
+            "sizes": [pages.nbytes for pages in sources],
+            "checksums": [pages.hash(0) for pages in sources],
             "deadline_s": DEFAULT_DEADLINE_S,
         }
         reply = await self.link.call("put_objects", args)
-        manifest = Manifest.of_objects((p.nbytes for p in sources.values()), transfer=reply["transfer"])
+        manifest = Manifest.of_objects([sum(p.nbytes for p in sources)], transfer=reply["transfer"])
         sender = self.link.open(manifest, deadline_s=DEFAULT_DEADLINE_S)
         try:
-            for extent, pages in zip(manifest.extents, sources.values(), strict=True):
-                sender.ready(extent.layer, extent.tensor, pages)
+            for start, pages in units(sources):
+                sender.hand_over(0, 0, start, pages)
             await sender.seal()
         except BaseException:
             await sender.cancel("the put was given up")
             raise
 
     async def get_objects(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        found = await self._get_objects(keys, Landing(None))
+        return [None if pages is None else pages.tobytes() for pages in found]
+
+    async def get_objects_into(self, keys: Sequence[bytes], into: Sequence[Any]) -> list[int | None]:
+        places = [pages_of(buffer) for buffer in into]
+        if len(places) != len(keys):
+            raise KVBufferError(f"{len(keys)} objects were asked for, there is memory for {len(places)}")
+        found = await self._get_objects(keys, Landing(places))
+        return [None if pages is None else pages.nbytes for pages in found]
+
+    async def _get_objects(self, keys: Sequence[bytes], landing: Landing) -> list[PageList | None]:
         transfer = new_transfer_id()
-        buffers: list[bytearray] = []
 
         def grant(manifest: Manifest) -> Mapping[tuple[int, int], PageList]:
-            buffers.extend(bytearray(extent.nbytes) for extent in manifest.extents)
-            return {(e.layer, e.tensor): PageList.of(b) for e, b in zip(manifest.extents, buffers, strict=True)}
+            sizes = manifest.meta.get("sizes")
+            if not isinstance(sizes, list) or len(sizes) != len(keys) or not all(type(n) is int for n in sizes):
+                raise ManifestError("the pool did not say the sizes of the objects that were asked for")
+            if [sum(n for n in sizes if n > 0)] != [e.nbytes for e in manifest.extents]:
+                raise ManifestError("the sizes of the objects do not add up to what the pool sends")
+            return {(0, 0): landing.grant(sizes)}
 
         receiver = self._endpoint.expect(transfer, Expectation(grant, deadline_s=DEFAULT_DEADLINE_S), link=self.link)
         try:
@@ -178,24 +193,18 @@ class PoolClient:
             await receiver.sealed()
         finally:
             await receiver.cancel("done")
-        return await self._check_objects(keys, reply, buffers)
+        return await self._check_objects(keys, reply["checksums"], landing.objects())
 
     async def _check_objects(
-        self, keys: Sequence[bytes], reply: Mapping[str, Any], buffers: list[bytearray]
-    ) -> list[bytes | None]:
+        self, keys: Sequence[bytes], checksums: Sequence[int], found: list[PageList | None]
+    ) -> list[PageList | None]:
         """Hold each object against the checksum taken at its put: bytes may also change while they rest."""
-        arrived = iter(zip(buffers, reply["checksums"], strict=True))
-        found: list[bytes | None] = []
+        wanted = iter(checksums)
         corrupt: list[bytes] = []
-        for key, there in zip(keys, reply["found"], strict=True):
-            data: bytes | None = None
-            if there:
-                buffer, checksum = next(arrived)
-                if PageList.of(buffer).hash(0) == checksum:
-                    data = bytes(buffer)
-                else:
-                    corrupt.append(key)
-            found.append(data)
+        for i, pages in enumerate(found):
+            if pages is not None and pages.hash(0) != next(wanted):
+                corrupt.append(keys[i])
+                found[i] = None
         if corrupt:
             await self.link.call("drop_corrupt", {"keys": corrupt})
         return found

@@ -406,7 +406,7 @@ class PoolCore:
         """Pin the objects under ``keys`` that are there, and make them recently used."""
         shelf = self._shelf(tenant)
         self._check_active()
-        get = FlatGet(self, shelf, [shelf.get(check_flat_key(k)) for k in self._bounded(keys)], deadline)
+        get = FlatGet(self, shelf, shelf.get([check_flat_key(k) for k in self._bounded(keys)]), deadline)
         hits = sum(get.found)
         self._counts["flat_hits"] += hits
         self._counts["flat_misses"] += len(keys) - hits

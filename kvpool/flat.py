@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,14 +21,13 @@ from .put import PutState
 if TYPE_CHECKING:
     from .core import PoolCore
 
-_SLOTS_PER_LAYER = 64
-_UNKNOWN: NDArray[np.float32] = np.array([np.nan], dtype=np.float32)
-"""What recomputing an object would cost."""
+SLOT: Slot = (0, 0)
+"""Where all objects of a transfer travel, one after another: a chunk may hold many small ones."""
 
 
-def slot_of(index: int) -> Slot:
-    """(layer, tensor) of object ``index`` on the wire, as :meth:`Manifest.of_objects` numbers them."""
-    return divmod(index, _SLOTS_PER_LAYER)
+def _unknown(count: int) -> NDArray[np.float32]:
+    """What recomputing objects would cost."""
+    return np.full(count, np.nan, dtype=np.float32)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,28 +65,33 @@ class FlatShelf:
     def __contains__(self, key: bytes) -> bool:
         return key in self._by_key
 
-    def get(self, key: bytes) -> FlatEntry | None:
-        """The object under ``key``, now the most recently used."""
-        entry = self._by_key.get(key)
-        if entry is not None:
+    def get(self, keys: Sequence[bytes]) -> list[FlatEntry | None]:
+        """The objects under ``keys``, now the most recently used, the last of them more so."""
+        entries = [self._by_key.get(key) for key in keys]
+        found = [entry for entry in entries if entry is not None]
+        for entry in found:
             entry.uses += 1
-            uses = np.array([entry.uses], dtype=np.int32)
-            ranks = self._eviction.policy.rank(self._now(), uses, _UNKNOWN, 0)
-            if ranks is not None:
-                entry.rank = float(ranks[0])
-        return entry
+        uses = np.fromiter((e.uses for e in found), np.int32, len(found))
+        ranks = self._eviction.policy.rank(self._ticks(len(found)), uses, _unknown(len(found)), 0) if found else None
+        if ranks is not None:
+            for entry, rank in zip(found, ranks.tolist(), strict=True):
+                entry.rank = rank
+        return entries
 
-    def put(self, key: bytes, slab: Slab, checksum: int) -> None:
-        """Store an object in the place of any older one."""
-        self.drop(key)
-        pages = np.array([len(slab.pages)], dtype=np.int32)
-        rank = float(self._eviction.policy.first_rank(self._now(), _UNKNOWN, pages, 0)[0])
-        entry = FlatEntry(key, slab, checksum, self._next, rank)
-        self._next += 1
-        self._by_key[key] = self._by_number[entry.number] = entry
-        self.pages += len(slab.pages)
-        self.unpinned_pages += len(slab.pages)
-        self._offer(entry)
+    def put(self, objects: Sequence[tuple[bytes, Slab, int]]) -> None:
+        """Store (key, slab, checksum) each in the place of any older one."""
+        if not objects:
+            return
+        pages = np.fromiter((len(slab.pages) for _, slab, _ in objects), np.int32, len(objects))
+        ranks = self._eviction.policy.first_rank(self._ticks(len(objects)), _unknown(len(objects)), pages, 0)
+        for (key, slab, checksum), rank in zip(objects, ranks.tolist(), strict=True):
+            self.drop(key)
+            entry = FlatEntry(key, slab, checksum, self._next, rank)
+            self._next += 1
+            self._by_key[key] = self._by_number[entry.number] = entry
+            self.pages += len(slab.pages)
+            self.unpinned_pages += len(slab.pages)
+            self._offer(entry)
 
     def drop(self, key: bytes) -> bool:
         """Forget ``key``; its memory goes when nobody reads it any more."""
@@ -156,8 +160,8 @@ class FlatShelf:
         self.drop(entry.key)
         return 1
 
-    def _now(self) -> NDArray[np.int64]:
-        return np.array([self._eviction.tick()], dtype=np.int64)
+    def _ticks(self, count: int) -> NDArray[np.int64]:
+        return self._eviction.tick(count) + np.arange(count, dtype=np.int64)
 
     def _offer(self, entry: FlatEntry) -> None:
         if not entry.queued:
@@ -174,17 +178,24 @@ class FlatPut:
         self.error: KVError | None = None
         self.on_failed: Callable[[KVError], None] | None = None
         self.keys = tuple(slabs)
-        self.destinations: dict[Slot, PageList] = {
-            slot_of(i): core.arena.pages(slab) for i, slab in enumerate(slabs.values())
-        }
         self._core, self._shelf, self._slabs = core, shelf, dict(slabs)
 
     @property
     def closed(self) -> bool:
         return self.state in (PutState.COMMITTED, PutState.ABORTED)
 
+    @property
+    def objects(self) -> list[PageList]:
+        """Where each object goes, in the order of ``keys``."""
+        return [self._core.arena.pages(slab) for slab in self._slabs.values()]
+
+    @property
+    def destinations(self) -> dict[Slot, PageList]:
+        """The same as one extent of a transfer."""
+        return {SLOT: self._core.arena.pages_in_order(list(self._slabs.values()))}
+
     def manifest(self, transfer: bytes) -> Manifest:
-        return Manifest.of_objects((s.nbytes for s in self._slabs.values()), transfer=transfer)
+        return Manifest.of_objects([sum(s.nbytes for s in self._slabs.values())], transfer=transfer)
 
     def commit(self, checksums: Mapping[bytes, int] | None = None) -> None:
         """Make all objects visible at once, replacing older ones under the same keys.
@@ -195,9 +206,8 @@ class FlatPut:
         if self.state is not PutState.OPEN:
             raise self.error or TransferError(f"the put is {self.state}: it cannot be committed")
         given = checksums or {}
-        for key, pages in zip(self.keys, self.destinations.values(), strict=True):
-            checksum = given[key] if key in given else pages.hash(0)
-            self._shelf.put(key, self._slabs[key], checksum)
+        sums = [given[k] if k in given else self._core.arena.pages(slab).hash(0) for k, slab in self._slabs.items()]
+        self._shelf.put([(k, slab, c) for (k, slab), c in zip(self._slabs.items(), sums, strict=True)])
         self._end(PutState.COMMITTED)
 
     def abort(self, error: KVError | None = None) -> None:
@@ -219,14 +229,15 @@ class FlatPut:
 
     def _end(self, state: PutState) -> None:
         self.state = state
-        self._slabs, self.destinations = {}, {}
+        self._slabs = {}
         self._core._closed()
 
 
 class FlatGet:
     """Objects being read: ``entries[i]`` belongs to the i-th key asked for, None where it is not there.
 
-    ``sources`` and :meth:`manifest` hold the found ones, in order. They stay until :meth:`close`.
+    ``objects`` are the found ones, in order; ``sources`` and :meth:`manifest` hold them one after another. They stay until
+    :meth:`close`.
     """
 
     def __init__(self, core: PoolCore, shelf: FlatShelf, entries: Iterable[FlatEntry | None], deadline: float) -> None:
@@ -239,7 +250,7 @@ class FlatGet:
         self._pinned = [e for e in self.entries if e is not None]
         for entry in self._pinned:
             shelf.pin(entry)
-        self.sources: dict[Slot, PageList] = {slot_of(i): core.arena.pages(e.slab) for i, e in enumerate(self._pinned)}
+        self.sources: dict[Slot, PageList] = {SLOT: core.arena.pages_in_order([e.slab for e in self._pinned])}
 
     @property
     def found(self) -> list[bool]:
@@ -250,8 +261,15 @@ class FlatGet:
         """xxh3_64 of each found object, as stored at its put."""
         return [e.checksum for e in self.entries if e is not None]
 
+    @property
+    def objects(self) -> list[PageList]:
+        """Each found object."""
+        return [self._core.arena.pages(entry.slab) for entry in self._pinned]
+
     def manifest(self, transfer: bytes) -> Manifest:
-        return Manifest.of_objects((p.nbytes for p in self.sources.values()), transfer=transfer)
+        """One extent; ``meta`` says the size of every object asked for, -1 where it is not there."""
+        sizes = [-1 if e is None else e.slab.nbytes for e in self.entries]
+        return Manifest.of_objects([sum(e.slab.nbytes for e in self._pinned)], transfer=transfer, meta={"sizes": sizes})
 
     def close(self) -> None:
         """Give the sources up. Idempotent."""

@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from kvtransport.buffers import Arena, PageList
-from kvtransport.errors import KVError, TransferCancelledError
+from kvtransport.errors import KVBufferError, KVError, TransferCancelledError
 from kvtransport.layout import CacheLayout
 from kvtransport.manifest import new_transfer_id
 
@@ -21,10 +21,12 @@ from .errors import MissError, NamespaceError, PoolError
 from .eviction import DEFAULT_POLICY
 from .keys import KeyChain, Namespace, check_tenant
 from .match import Explanation, Match
+from .objects import pages_of
 from .protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
 from .waiting import Waiting
 
 DEFAULT_PAGE_BYTES = 65_536
+T = TypeVar("T")
 
 
 class _Home:
@@ -224,7 +226,7 @@ class Pool:
 
     async def put_objects(self, objects: Mapping[bytes, Any]) -> None:
         self._check()
-        sources = {key: PageList.of(buffer) for key, buffer in objects.items()}
+        sources = {key: pages_of(buffer) for key, buffer in objects.items()}
         put = self.core.begin_put_flat(
             self.tenant,
             {key: pages.nbytes for key, pages in sources.items()},
@@ -233,7 +235,7 @@ class Pool:
         # No await from here to the commit: nobody sees it half done and the deadline cannot pass.
         try:
             checksums = {}
-            for (key, pages), target in zip(sources.items(), put.destinations.values(), strict=True):
+            for (key, pages), target in zip(sources.items(), put.objects, strict=True):
                 checksums[key] = pages.hash(0)
                 target.copy_from(pages)
             put.commit(checksums)
@@ -241,18 +243,47 @@ class Pool:
             put.abort()
 
     async def get_objects(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        return self._read(keys, PageList.tobytes)
+
+    async def get_objects_into(self, keys: Sequence[bytes], into: Sequence[Any]) -> list[int | None]:
+        places = [pages_of(buffer) for buffer in into]
+        if len(places) != len(keys):
+            raise KVBufferError(f"{len(keys)} objects were asked for, there is memory for {len(places)}")
+        waiting = iter(places)
+
+        def copy(pages: PageList | None) -> PageList:
+            place = next(waiting)
+            if pages is not None:
+                place = place.slice(0, pages.nbytes)
+                place.copy_from(pages)
+            return place
+
+        found = self._read(keys, copy, absent=copy)
+        return [None if pages is None else pages.nbytes for pages in found]
+
+    def _read(
+        self,
+        keys: Sequence[bytes],
+        read: Callable[[PageList], T],
+        absent: Callable[[None], object] = lambda _: None,
+    ) -> list[T | None]:
+        """``read`` of every object that is there and has its checksum afterwards."""
         self._check()
         get = self.core.plan_get_flat(self.tenant, keys, deadline=self.core.clock() + DEFAULT_DEADLINE_S)
-        found: list[bytes | None] = []
+        found: list[T | None] = []
         corrupt: list[bytes] = []
         try:
-            sources = iter(get.sources.values())
+            sources = iter(get.objects)
             for key, entry in zip(keys, get.entries, strict=True):
-                data = next(sources).tobytes() if entry is not None else None
-                if entry is not None and data is not None and PageList.of(data).hash(0) != entry.checksum:
+                if entry is None:
+                    absent(None)
+                    found.append(None)
+                    continue
+                data = read(next(sources))
+                good = pages_of(data).hash(0) == entry.checksum
+                found.append(data if good else None)
+                if not good:
                     corrupt.append(key)
-                    data = None
-                found.append(data)
         finally:
             get.close()
         for key in corrupt:

@@ -97,6 +97,13 @@ class PoolProtocol(Protocol):
     async def get_objects(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Verified copies of flat objects; None where there is none."""
 
+    async def get_objects_into(self, keys: Sequence[bytes], into: Sequence[Any]) -> list[int | None]:
+        """Objects into the caller's memory: ``into[i]`` (a writable buffer or page list) takes the i-th, from its start.
+
+        Returns each one's size in bytes, None where it is not there (its memory is then undefined). Without a copy on the way
+        when all page lists lie in one buffer. Raises KVBufferError for memory that is too small.
+        """
+
     async def stat(self) -> dict[str, Any]:
         """Sizes in bytes, entries and counters."""
 

@@ -101,6 +101,9 @@ class SyncPool:
     def get_objects(self, keys: Sequence[bytes]) -> list[bytes | None]:
         return self._run(self._pool.get_objects(keys))
 
+    def get_objects_into(self, keys: Sequence[bytes], into: Sequence[Any]) -> list[int | None]:
+        return self._run(self._pool.get_objects_into(keys, into))
+
     def stat(self) -> dict[str, Any]:
         return self._run(self._pool.stat())
 

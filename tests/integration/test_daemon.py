@@ -21,9 +21,9 @@ from kvpool.keys import KeyChain
 from kvpool.match import Reason
 from kvpool.protocol import PoolProtocol
 from kvpool.server import PoolServer
-from kvtransport.buffers import Arena
+from kvtransport.buffers import Arena, PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
-from kvtransport.errors import DeadlineError, KVError, RefusedError, TransferCancelledError
+from kvtransport.errors import DeadlineError, KVBufferError, KVError, RefusedError, TransferCancelledError
 from kvtransport.flow.spilling import SpillPolicy
 from kvtransport.manifest import Manifest, new_transfer_id
 from tests.conftest import Cache, no_tasks_left
@@ -336,6 +336,26 @@ async def test_flat_objects(served):
     assert await client.get_objects([b"b"]) == [b"newer"]
     assert await client.clear() == 3
     assert await client.exists(list(objects)) == [False] * 3
+
+
+async def test_objects_into_the_callers_memory(served):
+    client = await served.client()
+    objects = {b"%d" % i: np.random.default_rng(i).bytes(i * 70_001) for i in range(12)}
+    await client.put_objects(objects)
+    keys = [b"none", *objects]
+    for scattered in (False, True):
+        memory = PageList.of(bytearray(900_000 * 13))
+        into = [
+            bytearray(900_000) if scattered else memory.slice(i * 900_000, (i + 1) * 900_000) for i in range(len(keys))
+        ]
+        assert await client.get_objects_into(keys, into) == [None, *(len(v) for v in objects.values())]
+        got = [bytes(b) if scattered else b.tobytes() for b in into]
+        assert [g[: len(v)] for g, v in zip(got[1:], objects.values(), strict=True)] == list(objects.values())
+    with pytest.raises(KVBufferError, match="there is memory for 1"):
+        await client.get_objects_into(keys, [bytearray(5)])
+    with pytest.raises(KVBufferError):
+        await client.get_objects_into([b"5"], [bytearray(5)])
+    assert await client.get_objects([b"5"]) == [objects[b"5"]]
 
 
 async def test_bytes_that_change_while_they_rest_are_a_miss(served):

@@ -850,15 +850,20 @@ def test_transfer_bytes_respect_the_floor():
 def flat_put(core, objects, tenant="t"):
     put = core.begin_put_flat(tenant, {k: len(v) for k, v in objects.items()}, deadline=core.clock() + 1)
 
-    for data, pages in zip(objects.values(), put.destinations.values(), strict=True):
-        pages.copy_from(PageList.of(data))
+    (whole,) = put.destinations.values()
+    whole.copy_from(PageList.of(b"".join(objects.values())))
+    assert [pages.tobytes() for pages in put.objects] == list(objects.values())
     put.commit()
 
 
 def flat_get(core, keys, tenant="t"):
     reader = core.plan_get_flat(tenant, keys, deadline=core.clock() + 1)
-    pages = iter(reader.sources.values())
+    pages = iter(reader.objects)
     out = [next(pages).tobytes() if found else None for found in reader.found]
+    (whole,) = reader.sources.values()
+    assert whole.tobytes() == b"".join(data for data in out if data)
+    sizes = [-1 if data is None else len(data) for data in out]
+    assert reader.manifest(REQUEST).meta == {"sizes": sizes}
     reader.close()
     return out
 
@@ -868,7 +873,7 @@ def test_flat_objects(core):
     flat_put(core, objects)
     assert flat_get(core, [b"5", b"none", b"129", b"0"]) == [objects[b"5"], None, objects[b"129"], b""]
     put = core.begin_put_flat("t", {b"a": 5, b"b": 7}, deadline=core.clock() + 1)
-    assert [e.nbytes for e in put.manifest(REQUEST).extents] == [5, 7]
+    assert [e.nbytes for e in put.manifest(REQUEST).extents] == [12]
     assert core.exists("t", [b"a"]) == [False]
     put.abort()
     put.abort()

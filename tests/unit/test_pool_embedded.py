@@ -13,6 +13,7 @@ from kvtransport.errors import (
     ArenaError,
     DeadlineError,
     DestinationError,
+    KVBufferError,
     LayoutError,
     ManifestError,
     TransferCancelledError,
@@ -349,6 +350,19 @@ async def test_objects(pool):
     assert got == [b"", None, b"x" * 1000, objects[b"b"].tobytes()]
     await pool.put_objects({b"a": b"y"})
     assert await pool.get_objects([b"a", b"a"]) == [b"y", b"y"]
+
+
+async def test_objects_into_the_callers_memory(pool):
+    await pool.put_objects({b"a": b"x" * 1000, b"b": b"", b"c": b"z"})
+    into = [bytearray(1200) for _ in range(4)]
+    assert await pool.get_objects_into([b"a", b"none", b"b", b"c"], into) == [1000, None, 0, 1]
+    assert bytes(into[0]) == b"x" * 1000 + bytes(200)
+    assert (bytes(into[1]), bytes(into[2]), bytes(into[3])[:2]) == (bytes(1200), bytes(1200), b"z\0")
+    with pytest.raises(KVBufferError):
+        await pool.get_objects_into([b"a"], [bytearray(999)])
+    with pytest.raises(KVBufferError, match="there is memory for 0"):
+        await pool.get_objects_into([b"a"], [])
+    assert (await pool.stat())["active"] == 0
 
 
 async def test_an_object_that_rotted_is_a_miss(pool):

@@ -1,0 +1,112 @@
+"""Flat objects of a client as one extent of a transfer: what lies where, and what is copied together on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvtransport.buffers import PageList
+
+SMALL_BYTES = 256 << 10
+"""Smaller objects in memory of their own are copied together: that costs less than a frame each."""
+GATHER_BYTES = 4 << 20
+"""Copied together at most."""
+
+
+def pages_of(buffer: Any) -> PageList:
+    """``buffer`` as a page list; one that is a page list already stays."""
+    return buffer if isinstance(buffer, PageList) else PageList.of(buffer)
+
+
+def joined(pages: Sequence[PageList]) -> PageList | None:
+    """All of ``pages``, one after another, as one list; None when they do not lie in one buffer."""
+    if not pages:
+        return PageList.of(b"")
+    base = pages[0].base
+    if any(p.base is not base for p in pages):
+        return None
+    if len(pages) == 1:
+        return pages[0]
+    return PageList(base, np.concatenate([p.pieces for p in pages])).merged()
+
+
+def units(pages: Sequence[PageList]) -> Iterator[tuple[int, PageList]]:
+    """What to hand over of the extent that ``pages`` are one after another: (start in bytes, where it lies).
+
+    One list when all lie in one buffer; otherwise each large object by itself, and small ones copied together.
+    """
+    whole = joined(pages)
+    if whole is not None:
+        yield 0, whole
+        return
+    at = first = 0
+    small: list[PageList] = []
+    for page_list in pages:
+        if page_list.nbytes >= SMALL_BYTES or at + page_list.nbytes - first > GATHER_BYTES:
+            if small:
+                yield first, gathered(small)
+                small = []
+            first = at
+        if page_list.nbytes >= SMALL_BYTES:
+            yield at, page_list
+            first = at + page_list.nbytes
+        else:
+            small.append(page_list)
+        at += page_list.nbytes
+    if small:
+        yield first, gathered(small)
+
+
+def gathered(pages: Sequence[PageList]) -> PageList:
+    """A copy of all of ``pages``, one after another."""
+    target = PageList.of(np.empty(sum(p.nbytes for p in pages), np.uint8))
+    at = 0
+    for page_list in pages:
+        target.slice(at, at + page_list.nbytes).copy_from(page_list)
+        at += page_list.nbytes
+    return target
+
+
+class Landing:
+    """Where the objects of a get arrive: in memory of ours, or in the caller's when all of it lies in one buffer.
+
+    ``into[i]`` takes the i-th object asked for and must be at least as large as it; None: all in memory of ours.
+    """
+
+    def __init__(self, into: Sequence[PageList] | None) -> None:
+        self._into = into
+        self._sizes: list[int] = []
+        self._whole = PageList.of(b"")
+        self._aside = True
+
+    def grant(self, sizes: Sequence[int]) -> PageList:
+        """The place for objects of ``sizes`` bytes (-1: not there). Raises KVBufferError for one that does not fit."""
+        self._sizes = list(sizes)
+        total = sum(n for n in sizes if n > 0)
+        whole = None
+        if self._into is not None:
+            # slice() says which one is too small
+            whole = joined([p.slice(0, n) for p, n in zip(self._into, sizes, strict=True) if n >= 0])
+        self._aside = whole is None
+        self._whole = PageList.of(np.empty(total, np.uint8)) if whole is None else whole
+        return self._whole
+
+    def objects(self) -> list[PageList | None]:
+        """Each object where the caller wants it: copied there when it arrived elsewhere. Valid after the transfer."""
+        found: list[PageList | None] = []
+        at = 0
+        for i, size in enumerate(self._sizes):
+            if size < 0:
+                found.append(None)
+                continue
+            pages = self._whole.slice(at, at + size)
+            at += size
+            if self._into is not None:
+                place = self._into[i].slice(0, size)
+                if self._aside:
+                    place.copy_from(pages)
+                pages = place
+            found.append(pages)
+        return found

@@ -23,7 +23,7 @@ from .eviction.flops import FlopsModel
 from .flat import FlatGet, FlatPut, FlatShelf
 from .get import Get
 from .index import Nodes, Selection, Tree, Watcher
-from .keys import KeyChain, Namespace, check_flat_key, check_tenant
+from .keys import KeyChain, Namespace, check_flat_keys, check_tenant
 from .match import Explanation, Ghost, Match, Reason, View, explain, match
 from .memory import Memory
 from .placement import Blocks, Geometry, Held, page_lists, plan_put
@@ -388,14 +388,13 @@ class PoolCore:
 
     def exists(self, tenant: str, keys: Sequence[bytes]) -> list[bool]:
         """Which flat keys of the tenant are there; touches nothing."""
-        shelf = self._shelf(tenant)
-        return [check_flat_key(k) in shelf for k in self._bounded(keys)]
+        return self._shelf(tenant).has(check_flat_keys(self._bounded(keys)))
 
     def begin_put_flat(self, tenant: str, sizes: Mapping[bytes, int], *, deadline: float) -> FlatPut:
         """Allocate objects of ``sizes`` bytes by key; all or none. Raises KeyChainError, QuotaError, PoolFullError, PoolLimitError."""
         shelf = self._shelf(tenant)
         self._check_active()
-        keys = [check_flat_key(k) for k in self._bounded(list(sizes))]
+        keys = check_flat_keys(self._bounded(list(sizes)))
         slabs = self.memory.allocate(tenant, [sizes[k] for k in keys], BlockClass.PREFIX)
         put = FlatPut(self, shelf, dict(zip(keys, slabs, strict=True)), deadline)
         self._deadlines.add(put)
@@ -406,7 +405,7 @@ class PoolCore:
         """Pin the objects under ``keys`` that are there, and make them recently used."""
         shelf = self._shelf(tenant)
         self._check_active()
-        get = FlatGet(self, shelf, shelf.get([check_flat_key(k) for k in self._bounded(keys)]), deadline)
+        get = FlatGet(self, shelf, shelf.get(check_flat_keys(self._bounded(keys))), deadline)
         hits = sum(get.found)
         self._counts["flat_hits"] += hits
         self._counts["flat_misses"] += len(keys) - hits

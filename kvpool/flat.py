@@ -62,8 +62,9 @@ class FlatShelf:
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._by_key
+    def has(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of ``keys`` are there."""
+        return list(map(self._by_key.__contains__, keys))
 
     def get(self, keys: Sequence[bytes]) -> list[FlatEntry | None]:
         """The objects under ``keys``, now the most recently used, the last of them more so."""

@@ -49,11 +49,14 @@ def check_tenant(tenant: str) -> str:
     return tenant
 
 
-def check_flat_key(key: bytes) -> bytes:
-    """``key`` itself, or KeyChainError when it is not 1 to MAX_FLAT_KEY_BYTES bytes."""
-    if not isinstance(key, bytes) or not 0 < len(key) <= MAX_FLAT_KEY_BYTES:
-        raise KeyChainError(f"a flat key is 1 to {MAX_FLAT_KEY_BYTES} bytes, got {key!r:.80}")
-    return key
+def check_flat_keys(keys: Sequence[bytes]) -> Sequence[bytes]:
+    """``keys`` themselves, or KeyChainError when one is not 1 to MAX_FLAT_KEY_BYTES bytes."""
+    if set(map(type, keys)) - {bytes} or (
+        keys and not 0 < min(map(len, keys)) <= max(map(len, keys)) <= MAX_FLAT_KEY_BYTES
+    ):
+        bad = next(k for k in keys if type(k) is not bytes or not 0 < len(k) <= MAX_FLAT_KEY_BYTES)
+        raise KeyChainError(f"a flat key is 1 to {MAX_FLAT_KEY_BYTES} bytes, got {bad!r:.80}")
+    return keys
 
 
 @dataclass(frozen=True)

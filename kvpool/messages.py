@@ -16,6 +16,8 @@ from .keys import KeyChain, Namespace
 from .match import Explanation, GroupReach, Match, Reason
 
 MAX_TIMEOUT_S = 3_600.0
+INLINE_BYTES = 64 << 10
+"""Objects of a call that are no more than this together travel in it, or in its answer: a transfer would take more turns."""
 
 
 def chain_to_wire(chain: KeyChain | None) -> dict[str, Any] | None:
@@ -141,7 +143,7 @@ class Args:
 
     def integers(self, name: str) -> list[int]:
         values = self.get(name, list, [])
-        if not all(type(v) is int and v >= 0 for v in values) or len(values) > 4_096:
+        if len(values) > 4_096 or not all(type(v) is int and v >= 0 for v in values):
             raise ProtocolError(f"{self._verb}: argument {name!r} must be a list of at most 4096 non-negative integers")
         return list(values)
 

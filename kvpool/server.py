@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint
-from kvtransport.errors import KVError, ManifestError, RefusedError
+from kvtransport.errors import IntegrityError, KVError, ManifestError, RefusedError
 from kvtransport.layout import CacheLayout
 from kvtransport.link import Link
 from kvtransport.manifest import Manifest, new_transfer_id
@@ -25,7 +25,7 @@ from .errors import MissError
 from .flat import FlatGet, FlatPut
 from .get import Get
 from .keys import Namespace
-from .messages import Args, chain_from_wire, match_to_wire
+from .messages import INLINE_BYTES, Args, chain_from_wire, match_to_wire
 from .put import Put
 from .security import tenant_of
 from .waiting import Waiting
@@ -226,14 +226,35 @@ class PoolServer:
 
     async def _put_objects(self, session: Session, args: Args) -> dict[str, Any]:
         self._check_open()
-        keys, sizes, sums = args.key_list(), args.integers("sizes"), args.integers("checksums")
-        if not len(keys) == len(sizes) == len(sums) or len(set(keys)) != len(keys):
-            raise ManifestError("put_objects: one size and one checksum per key, and no key twice")
+        keys, sums = args.key_list(), args.integers("checksums")
+        data = args.get("data", (list, type(None)), None)
+        sizes = args.integers("sizes") if data is None else [len(d) if isinstance(d, bytes) else -1 for d in data]
+        if not len(keys) == len(sizes) == len(sums) or len(set(keys)) != len(keys) or -1 in sizes:
+            raise ManifestError("put_objects: one size (or data) and one checksum per key, and no key twice")
         deadline_s = args.seconds("deadline_s")
         put = self.core.begin_put_flat(
             session.tenant, dict(zip(keys, sizes, strict=True)), deadline=self.core.clock() + deadline_s
         )
-        return self._receive(session, put, deadline_s, checksums=dict(zip(keys, sums, strict=True)))
+        checksums = dict(zip(keys, sums, strict=True))
+        if data is None:
+            return self._receive(session, put, deadline_s, checksums=checksums)
+        try:
+            self._fill(put, data, checksums)
+            put.commit(checksums)
+        finally:
+            put.abort()
+        return {}
+
+    def _fill(self, put: FlatPut, data: list[bytes], checksums: Mapping[bytes, int]) -> None:
+        """Small objects that came with the call."""
+        for key, body, pages in zip(put.keys, data, put.objects, strict=True):
+            pages.copy_from(PageList.of(body))
+            if pages.hash(0) != checksums[key]:
+                raise IntegrityError(
+                    f"object {key.hex()[:16]} does not have its checksum: put it again", retryable=True
+                )
+        self._wire["received_moved_bytes"] += sum(map(len, data))
+        self._wire["received_checksums_verified"] += len(data)
 
     def _receive(
         self,
@@ -333,11 +354,14 @@ class PoolServer:
         assert transfer is not None
         deadline_s = args.seconds("deadline_s")
         get = self.core.plan_get_flat(session.tenant, args.key_list(), deadline=self.core.clock() + deadline_s)
-        answer = {"found": list(get.found), "checksums": list(get.checksums)}
-        if any(get.found):
-            self._send(session, get, transfer, deadline_s)
-        else:
+        answer: dict[str, Any] = {"found": list(get.found), "checksums": list(get.checksums)}
+        total = sum(pages.nbytes for pages in get.sources.values())
+        if total <= min(args.integer("inline", 0), INLINE_BYTES):
+            answer["data"] = [pages.tobytes() for pages in get.objects]
+            self._wire["sent_moved_bytes"] += total
             get.close()
+        else:
+            self._send(session, get, transfer, deadline_s)
         return answer
 
     async def _drop_corrupt(self, session: Session, args: Args) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from .base import BLOCKED, GONE, Name, Shelf
 
 MIN_STALE = 256
 """Void entries that are not worth rebuilding a heap for."""
+MOVED = 8
+"""Entries moved from a heap that is being rebuilt at every step."""
 
 
 class HeapOrder:
@@ -21,13 +23,19 @@ class HeapOrder:
     def __init__(self, shelves: Sequence[Shelf]) -> None:
         self._shelves = shelves
         self._heap: list[tuple[float, Name]] = []
+        # Being emptied into the other because most of it is void: a few entries at every step, never all at once.
+        self._old: list[tuple[float, Name]] = []
         self._stale = 0
 
     def push(self, name: Name, rank: float) -> None:
         heapq.heappush(self._heap, (rank, name))
+        self._move(MOVED)
 
     def head(self) -> tuple[float, Name] | None:
-        heap = self._heap
+        best, old = self._first(self._heap), self._first(self._old)
+        return best if old is None or (best is not None and best <= old) else old
+
+    def _first(self, heap: list[tuple[float, Name]]) -> tuple[float, Name] | None:
         while heap:
             rank, name = heap[0]
             shelf, unit, node, generation = name
@@ -41,19 +49,26 @@ class HeapOrder:
         return None
 
     def pop(self) -> None:
-        heapq.heappop(self._heap)
+        if not self._heap or (self._old and self._old[0] < self._heap[0]):
+            heapq.heappop(self._old)
+        else:
+            heapq.heappop(self._heap)
+        self._move(MOVED)
 
     def forget(self, count: int) -> None:
         self._stale += count
-        if self._stale > len(self._heap) // 2 + MIN_STALE:
-            live = []
-            for _, name in self._heap:
-                rank = self._shelves[name[0]].check(*name[1:])
-                if rank not in (BLOCKED, GONE):
-                    live.append((rank, name))
-            heapq.heapify(live)
-            self._heap = live
+        if not self._old and self._stale > len(self._heap) // 2 + MIN_STALE:
+            self._old, self._heap = self._heap, []
             self._stale = 0
+        self._move(MOVED * count)
+
+    def _move(self, count: int) -> None:
+        old = self._old
+        for _ in range(min(count, len(old))):
+            _, name = old.pop()  # a heap without its last item is one still
+            rank = self._shelves[name[0]].check(*name[1:])
+            if rank not in (BLOCKED, GONE):
+                heapq.heappush(self._heap, (rank, name))
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._heap) + len(self._old)

@@ -1,6 +1,7 @@
 """A distributed hybrid prefix cache for KVCache; see docs/design.md."""
 
-from .client import PoolClient, connect
+from .client import PoolClient
+from .connecting import connect
 from .core import PoolCore
 from .errors import PoolError
 from .keys import KeyChain, Namespace

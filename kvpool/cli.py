@@ -19,6 +19,7 @@ from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import ConfigError, KVError
 
 from .client import PoolClient, connect
+from .cluster.cli import cluster
 from .commands_security import register as register_security
 from .demo.cli import register as register_demo
 from .keys import KeyChain
@@ -28,7 +29,7 @@ from .security import client_config
 
 app = typer.Typer(
     name="kvpool",
-    help="Look into a pool daemon, run the demo, plan a deployment.",
+    help="Look into a pool daemon or a cluster of them, run the demo, plan a deployment.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -177,6 +178,7 @@ def _token_ids(source: str) -> np.ndarray[Any, np.dtype[np.int64]]:
     return ids.astype(np.int64)
 
 
+app.add_typer(cluster, name="cluster")
 register_demo(app)
 register_security(app)
 register_scheduling(app)

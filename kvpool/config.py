@@ -66,6 +66,16 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Let explanations say that another tenant has the same tokens: for pools whose users may know of one another."""
     lock: bool = True
     """Lock the memory where the system allows it."""
+    directory: str = ""
+    """Directory of the cluster to join, such as valkey://10.0.0.5:6379?name=pool; none by default."""
+    node: str = ""
+    """This node's id in the cluster, the same after a restart; default its advertised address."""
+    cluster: str = "default"
+    """The cluster (datacenter) this node is in."""
+    advertise: str = ""
+    """HOST:PORT under which others reach this node; default where it listens."""
+    ttl_s: float = 3.0
+    """Seconds after which the cluster takes this node for gone when it is silent."""
 
     directory: str = "."
     """Where relative paths start; by default where the settings' file is."""
@@ -114,7 +124,7 @@ def load(path: Path | None, overrides: dict[str, object]) -> DaemonConfig:
         raise ConfigError(f"{path or 'settings'}: {error}; known keys: {known}") from error
     if not 0 <= config.port <= 65_535:
         raise ConfigError(f"port {config.port} is not in 0..65535")
-    for name in ("grace_s", "keepalive_s", "dead_after_s", "window_bytes", "page_bytes"):
+    for name in ("grace_s", "keepalive_s", "dead_after_s", "window_bytes", "page_bytes", "ttl_s"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} must be above 0, got {getattr(config, name)}")
     if config.policy not in POLICIES:

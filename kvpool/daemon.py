@@ -19,6 +19,7 @@ from kvtransport.errors import ConfigError, KVError
 from kvtransport.flow.spilling import SpillPolicy
 
 from .arena import PageArena
+from .cluster.agent import NodeAgent
 from .config import DaemonConfig, load, parse_size
 from .core import PoolCore
 from .security import RefusalReport
@@ -37,6 +38,8 @@ Examples:
   kvpoold --host 0.0.0.0 --insecure --memory 64GiB   (a network you trust)
 
   kvpoold --config /etc/kvpoold.toml
+
+  kvpoold --memory 64GiB --directory valkey://10.0.0.5:6379?name=pool --cluster east --advertise 10.0.0.7:7777
 """
 
 
@@ -55,6 +58,14 @@ def serve(
     insecure: Annotated[
         bool | None, typer.Option(help="Listen beyond loopback without encryption", show_default=False)
     ] = None,
+    directory: Annotated[
+        str | None, typer.Option(help="Directory of the cluster to join, such as valkey://HOST:PORT")
+    ] = None,
+    node: Annotated[str | None, typer.Option(help="Id of this node in the cluster (default: its address)")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Cluster (datacenter) this node is in (default: default)")] = None,
+    advertise: Annotated[
+        str | None, typer.Option(help="HOST:PORT under which others reach it (default: where it listens)")
+    ] = None,
     grace_s: Annotated[float | None, typer.Option(help="Seconds for transfers in progress after SIGTERM [10]")] = None,
 ) -> None:
     """Keep KVCache for reuse: the pool's daemon.
@@ -70,7 +81,8 @@ def serve(
             "tls_key": tls_key,
             "tokens": tokens,
         }
-        settings = load(config, {**given, "insecure": insecure, "grace_s": grace_s})
+        joining = {"directory": directory, "node": node, "cluster": cluster, "advertise": advertise}
+        settings = load(config, {**given, "insecure": insecure, "grace_s": grace_s, **joining})
         clean = _run(run(settings))
     except KVError as error:
         print(f"kvpoold: {error.message}", file=sys.stderr)
@@ -114,6 +126,9 @@ async def run(config: DaemonConfig) -> bool:
     )
     endpoint = Endpoint(endpoint_config)
     server = PoolServer(endpoint, core, window_bytes=config.window_bytes, explain_tenants=config.explain_tenants)
+    agent = NodeAgent(
+        endpoint, core, node=config.node, cluster=config.cluster, capacity=config.memory_bytes, clock=time.monotonic
+    )
     stops = Stops(loop)
     # What was imported stays: full collections need not look at it again, and pause for what came since only.
     gc.collect()
@@ -123,6 +138,7 @@ async def run(config: DaemonConfig) -> bool:
         for note in [*arena.info.notes, *_security(endpoint, config)]:
             print(f"kvpoold: note: {note}", file=sys.stderr)
         print(f"kvpoold listening on {host}:{port}, {arena.info.nbytes} bytes", flush=True)
+        await _join(agent, config, f"{host}:{port}", endpoint_config)
         await stops.first.wait()
         print("kvpoold: stopping; transfers in progress may finish", file=sys.stderr)
         draining = loop.create_task(server.drain(config.grace_s))
@@ -136,6 +152,7 @@ async def run(config: DaemonConfig) -> bool:
         return clean
     finally:
         stops.close()
+        await agent.leave()
         await server.close()
         await endpoint.close()
         pages.close()
@@ -163,6 +180,27 @@ def _security(endpoint: Endpoint, config: DaemonConfig) -> list[str]:
     if config.insecure:
         notes.append("insecure = true: nothing is encrypted or authenticated unless TLS is configured")
     return notes
+
+async def _join(agent: NodeAgent, config: DaemonConfig, listening: str, endpoint_config: EndpointConfig) -> None:
+    """Join the configured cluster, if there is one."""
+    address = config.advertise or listening
+    agent.node = config.node or address
+    agent.addresses = (address,)
+    if not config.directory:
+        return
+    if not config.advertise and config.host in ("", "0.0.0.0", "::"):
+        raise ConfigError(
+            f"listening on {config.host or 'all addresses'} says nothing of where others reach this node: set advertise"
+        )
+    from .cluster.valkey import open_directory
+
+    directory = open_directory(config.directory)
+    try:
+        await agent.join(directory, address, ttl_s=config.ttl_s, config=endpoint_config)
+    except KVError:
+        await directory.close()
+        raise
+    print(f"kvpoold joined as {agent.node} of cluster {config.cluster}", flush=True)
 
 
 class Stops:

@@ -11,7 +11,7 @@ from kvpool.core import PoolCore
 from kvpool.errors import DirectoryError
 from kvpool.messages import Args
 from kvtransport.endpoint import Endpoint, EndpointConfig
-from kvtransport.errors import ConfigError, KVError, ProtocolError
+from kvtransport.errors import ConfigError, HandshakeError, KVError, ProtocolError
 from kvtransport.link import Link
 
 from .announcing import Announcer
@@ -53,7 +53,7 @@ class NodeAgent:
         self._cluster = cluster
         self._capacity = capacity
         self._clock = clock
-        self._addresses: tuple[str, ...] = ()
+        self.addresses: tuple[str, ...] = ()
         self._directory: Directory | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.announced = 0
@@ -69,7 +69,7 @@ class NodeAgent:
             id=self.node,
             incarnation=self._endpoint.incarnation,
             cluster=self._cluster,
-            addresses=self._addresses or ("0.0.0.0:0",),
+            addresses=self.addresses or ("0.0.0.0:0",),
             capacity=self._capacity,
             used=self._core.arena.total_bytes - self._core.arena.free_bytes,
             state=self.state,
@@ -78,7 +78,11 @@ class NodeAgent:
     # -- asked by clients ------------------------------------------------------------------------
 
     async def _on_member(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
-        return {"member": self.member.encode()}
+        return {
+            "member": self.member.encode(),
+            "segments": len(self.announcer),
+            "unannounced": self.announcer.pending if self._directory is not None else 0,
+        }
 
     async def _on_entries(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         keys = Args("entries", args).key_list()
@@ -96,7 +100,7 @@ class NodeAgent:
         Raises ConfigError when somebody else, or nobody, answers there; DirectoryError when the directory does not answer.
         """
         await self.probe(address, config)
-        self._addresses = (address,)
+        self.addresses = (address,)
         self._directory = directory
         pulse = Pulse(ttl_s)
         pulse.beaten(self._clock(), await directory.beat(self.member, ttl_s))
@@ -114,6 +118,9 @@ class NodeAgent:
             try:
                 async with asyncio.timeout(PROBE_S):
                     link = await endpoint.connect(host, port, connections=1)
+            except HandshakeError:
+                # It speaks our protocol and wants a token, which a node without certificates has none of.
+                return
             except (KVError, TimeoutError) as error:
                 raise ConfigError(
                     f"the advertised address {address} does not reach this node ({type(error).__name__}: {error}): set advertise "

@@ -22,9 +22,10 @@ from kvpool.errors import (
     PoolFullError,
     PrefixMissingError,
 )
-from kvpool.keys import KeyChain, Namespace
+from kvpool.keys import KeyChain, Namespace, check_tenant
 from kvpool.match import Explanation, Match, View, explain, match, rules_of
 from kvpool.protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
+from kvpool.security import DEFAULT_TENANT
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import ConfigError, KVError, LinkError, RefusedError
@@ -41,7 +42,7 @@ from .members import Member, Roster, by_cluster
 from .peers import PeerDirectory, ask_entries
 from .placement import LocalFirst, Placement, Rendezvous
 from .put import ClusterPut
-from .segments import Slot, Unit, can_be_cut, segment_key, units_of
+from .segments import Slot, Unit, can_be_cut, placement_name, units_of
 from .tasks import end
 
 TRIES = 3
@@ -63,9 +64,11 @@ class ClusterPool:
         *,
         placement: Placement,
         whole_chains: bool = False,
+        tenant: str = DEFAULT_TENANT,
         ttl_s: float = 3.0,
         answer_s: float = 1.0,
     ) -> None:
+        self._tenant = check_tenant(tenant)
         self.directory = directory
         self.links = links
         self.roster = Roster(ttl_s)
@@ -118,8 +121,8 @@ class ClusterPool:
     async def namespace(
         self, layout: CacheLayout, block_tokens: int = DEFAULT_BLOCK_TOKENS, *, salt: bytes = b""
     ) -> Namespace:
-        # Nodes open it when they are first used for it. The tenant in it is a local label.
-        ns = Namespace("default", layout, block_tokens, salt)
+        # Nodes open it when they are first used for it. They go by the session's tenant; ours finds it in the directory.
+        ns = Namespace(self._tenant, layout, block_tokens, salt)
         self._units[ns.id] = () if self._whole_chains or not can_be_cut(layout, block_tokens) else units_of(ns)
         return ns
 
@@ -292,8 +295,8 @@ class ClusterPool:
                 deadline_s=left,
             )
 
-        # Both units of a segment go to the same node: placed by the whole chain's name for it.
-        where = self._order(segment_key(ns, chain.blocks[part.segment.first]))
+        # Both units of a segment go to the same node.
+        where = self._order(placement_name(chain.blocks[part.segment.first]))
         if owners is not None:
             where = [m for m in where if m.id in owners]
         return await self._first_that(where, part.unit.ns, open_at, deadline)
@@ -313,7 +316,7 @@ class ClusterPool:
                 ns, chain, boundary=boundary, start=start, checkpoints=points, request=request, deadline_s=left
             )
 
-        where = self._order(self._name(ns, chain, request))
+        where = self._order(self._name(chain, request))
         if chain is not None and start:
             known = await self._find(ns, chain)
             assert isinstance(known, Whole)
@@ -334,11 +337,11 @@ class ClusterPool:
         return await self._first_that(where, ns, open_at, deadline)
 
     @staticmethod
-    def _name(ns: Namespace, chain: KeyChain | None, request: bytes | None) -> bytes:
+    def _name(chain: KeyChain | None, request: bytes | None) -> bytes:
         """What a whole chain (or a request without one) is placed by."""
         if chain is not None and chain.blocks:
-            return segment_key(ns, chain.blocks[0])
-        return segment_key(ns, request or b"")
+            return placement_name(chain.blocks[0])
+        return placement_name(request or b"")
 
     def _order(self, name: bytes) -> list[Member]:
         members = self._placement.order(name, self.roster.writable())
@@ -391,7 +394,7 @@ class ClusterPool:
             nodes = known.owners(units.index(part.unit), part.segment, part.stop_block)
             if not nodes and request is not None:
                 # Its put may be in progress: it is where a put of it would go.
-                nodes = [m.id for m in self._order(segment_key(ns, chain.blocks[part.segment.first]))[:1]]
+                nodes = [m.id for m in self._order(placement_name(chain.blocks[part.segment.first]))[:1]]
             if not nodes:
                 found = match(known.view(), boundary)
                 raise MissError(
@@ -446,7 +449,7 @@ class ClusterPool:
                 if length == boundary:
                     nodes.append(self._member(node))
         if not nodes and request is not None:
-            nodes = self._order(self._name(ns, chain, request))[:1]
+            nodes = self._order(self._name(chain, request))[:1]
         if not nodes:
             raise MissError(
                 f"{boundary} tokens cannot be restored from any one node; the longest that can is {best}",
@@ -619,6 +622,7 @@ async def connect_cluster(
     placement: str = "segments",
     cluster: str | None = None,
     local: str | None = None,
+    tenant: str = DEFAULT_TENANT,
     ttl_s: float = 3.0,
     answer_s: float = 1.0,
     connections: int = 2,
@@ -628,7 +632,7 @@ async def connect_cluster(
 
     ``placement``: "segments" (64 blocks each, by rendezvous hashing), "chain" (whole chains by their beginning) or "local" (whole
     chains on the node ``local``); all clients of a pool use the same. ``cluster``: write to that cluster's nodes only. ``ttl_s``
-    is the members' TTL, ``answer_s`` the patience with the directory and with a node that is asked for its entries (seconds).
+    is the members' TTL, ``tenant`` the one that the nodes take this client for (by its token or certificate), ``answer_s`` the patience with the directory and with a node that is asked for its entries (seconds).
 
     Raises ConfigError, DirectoryError, NoNodeError.
 
@@ -644,7 +648,7 @@ async def connect_cluster(
         directory = open_directory(target, timeout_s=answer_s)
     else:
         directory = PeerDirectory(links, list(target), timeout_s=answer_s)
-    pool = ClusterPool(directory, links, placement=policy, whole_chains=whole, ttl_s=ttl_s, answer_s=answer_s)
+    pool = ClusterPool(directory, links, placement=policy, whole_chains=whole, tenant=tenant, ttl_s=ttl_s, answer_s=answer_s)
     try:
         await pool.start()
     except BaseException:

@@ -28,6 +28,11 @@ def segment_key(ns: Namespace, first: bytes) -> bytes:
     return hashlib.blake2b(first, digest_size=16, key=ns.id).digest()
 
 
+def placement_name(first: bytes) -> bytes:
+    """16 bytes that a segment beginning with block key ``first`` is placed by: the same for all that is stored of it."""
+    return hashlib.blake2b(first, digest_size=16, person=b"kvt1-place").digest()
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Blocks ``[first, stop)`` of a chain; ``key`` as of :func:`segment_key`."""

@@ -1,0 +1,123 @@
+"""``kvpool cluster``: who is in a cluster and how full."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from kvpool.security import client_config
+from kvtransport.bench.output import console, write_json
+from kvtransport.endpoint import EndpointConfig
+from kvtransport.errors import ConfigError, KVError
+
+from .members import Member
+from .pool import ClusterPool, connect_cluster
+
+cluster = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at a cluster of pool nodes.")
+
+Target = Annotated[
+    str,
+    typer.Option("--directory", "-d", help="Directory (valkey://HOST:PORT?name=POOL), or nodes as HOST:PORT,HOST:PORT"),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Connect beyond loopback without encryption")]
+JsonTo = Annotated[
+    str | None, typer.Option("--json", metavar="PATH", help="Write one JSON object to PATH; '-' is standard output")
+]
+
+
+async def open_cluster(target: str, config: EndpointConfig) -> ClusterPool:
+    """The cluster that a user named. Raises ConfigError, DirectoryError, NoNodeError."""
+    if "://" in target:
+        return await connect_cluster(target, config=config, connections=1)
+    nodes = [n for n in target.split(",") if n]
+    if not nodes:
+        raise ConfigError("--directory is a URL such as valkey://HOST:PORT, or nodes as HOST:PORT,HOST:PORT")
+    return await connect_cluster(nodes, config=config, connections=1)
+
+
+async def status_of(pool: ClusterPool) -> dict[str, Any]:
+    """What ``kvpool cluster status --json`` writes. Sizes in bytes."""
+    stat = await pool.stat()
+    nodes = []
+
+    async def ask(member: Member) -> dict[str, Any]:
+        try:
+            return await (await pool.links.client(member)).link.call("member", timeout_s=1.0)
+        except KVError:
+            return {}
+
+    members = sorted(pool.roster.members.values(), key=lambda m: (m.cluster, m.id))
+    own = await asyncio.gather(*(ask(m) for m in members))
+    for member, mine in zip(members, own, strict=True):
+        answer = stat["nodes"].get(member.id)
+        nodes.append(
+            {
+                "node": member.id,
+                "cluster": member.cluster,
+                "address": member.addresses[0],
+                "state": str(member.state),
+                "incarnation": member.incarnation.hex(),
+                "capacity_bytes": member.capacity,
+                "used_bytes": member.used if answer is None else answer["used_bytes"],
+                "answers": answer is not None,
+                "transfers": None if answer is None else answer.get("transfers"),
+                "segments": mine.get("segments"),
+                "unannounced": mine.get("unannounced"),
+            }
+        )
+    return {
+        "frozen": stat["frozen"],
+        "used_bytes": stat["used_bytes"],
+        "total_bytes": stat["total_bytes"],
+        "nodes": nodes,
+    }
+
+
+@cluster.command(
+    epilog="Examples:  [bold]kvpool cluster status -d valkey://127.0.0.1:6379[/]   |   "
+    "[bold]kvpool cluster status -d 127.0.0.1:7777,127.0.0.1:7778 --json -[/]"
+)
+def status(
+    directory: Target,
+    insecure: Insecure = False,
+    ca: Annotated[Path | None, typer.Option("--ca", help="PEM file of the pool's certificate authority: TLS")] = None,
+    certificate: Annotated[Path | None, typer.Option("--cert", help="This client's certificate (PEM)")] = None,
+    key: Annotated[Path | None, typer.Option("--key", help="Its private key (PEM)")] = None,
+    token: Annotated[Path | None, typer.Option("--token", help="File with this client's token")] = None,
+    json_to: JsonTo = None,
+) -> None:
+    """Nodes by cluster: state, memory, segments, and whether they answer."""
+    from kvpool.cli import human
+
+    config = client_config(name="kvpool", insecure=insecure, authority=ca, certificate=certificate, key=key, token=token)
+
+    async def work() -> dict[str, Any]:
+        async with await open_cluster(directory, config) as pool:
+            return await status_of(pool)
+
+    body = asyncio.run(work())
+    out = console(json_to)
+    table = Table(title="the view is frozen: the directory is away or has lost everything" if body["frozen"] else None)
+    for name in ("cluster", "node", "state", "memory", "segments", "transfers"):
+        table.add_column(
+            name, justify="left" if name in ("cluster", "node", "state") else "right", no_wrap=name == "memory"
+        )
+    for node in body["nodes"]:
+        named = node["node"] if node["node"] == node["address"] else f"{node['node']}\n{node['address']}"
+        segments = "-" if node["segments"] is None else f"{node['segments']:,}"
+        if node["unannounced"]:
+            segments += f"\n{node['unannounced']:,} to announce"
+        table.add_row(
+            node["cluster"],
+            named,
+            node["state"] if node["answers"] else f"[red]{node['state']}, no answer",
+            f"{human(node['used_bytes'])} of {human(node['capacity_bytes'])}",
+            segments,
+            "-" if node["transfers"] is None else f"{node['transfers']:,}",
+        )
+    out.print(table)
+    write_json(json_to, body)

@@ -66,7 +66,7 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Let explanations say that another tenant has the same tokens: for pools whose users may know of one another."""
     lock: bool = True
     """Lock the memory where the system allows it."""
-    directory: str = ""
+    join: str = ""
     """Directory of the cluster to join, such as valkey://10.0.0.5:6379?name=pool; none by default."""
     node: str = ""
     """This node's id in the cluster, the same after a restart; default its advertised address."""

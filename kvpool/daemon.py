@@ -39,7 +39,7 @@ Examples:
 
   kvpoold --config /etc/kvpoold.toml
 
-  kvpoold --memory 64GiB --directory valkey://10.0.0.5:6379?name=pool --cluster east --advertise 10.0.0.7:7777
+  kvpoold --memory 64GiB --join valkey://10.0.0.5:6379?name=pool --cluster east --advertise 10.0.0.7:7777
 """
 
 
@@ -58,7 +58,7 @@ def serve(
     insecure: Annotated[
         bool | None, typer.Option(help="Listen beyond loopback without encryption", show_default=False)
     ] = None,
-    directory: Annotated[
+    join: Annotated[
         str | None, typer.Option(help="Directory of the cluster to join, such as valkey://HOST:PORT")
     ] = None,
     node: Annotated[str | None, typer.Option(help="Id of this node in the cluster (default: its address)")] = None,
@@ -81,7 +81,7 @@ def serve(
             "tls_key": tls_key,
             "tokens": tokens,
         }
-        joining = {"directory": directory, "node": node, "cluster": cluster, "advertise": advertise}
+        joining = {"join": join, "node": node, "cluster": cluster, "advertise": advertise}
         settings = load(config, {**given, "insecure": insecure, "grace_s": grace_s, **joining})
         clean = _run(run(settings))
     except KVError as error:
@@ -181,12 +181,13 @@ def _security(endpoint: Endpoint, config: DaemonConfig) -> list[str]:
         notes.append("insecure = true: nothing is encrypted or authenticated unless TLS is configured")
     return notes
 
+
 async def _join(agent: NodeAgent, config: DaemonConfig, listening: str, endpoint_config: EndpointConfig) -> None:
     """Join the configured cluster, if there is one."""
     address = config.advertise or listening
     agent.node = config.node or address
     agent.addresses = (address,)
-    if not config.directory:
+    if not config.join:
         return
     if not config.advertise and config.host in ("", "0.0.0.0", "::"):
         raise ConfigError(
@@ -194,7 +195,7 @@ async def _join(agent: NodeAgent, config: DaemonConfig, listening: str, endpoint
         )
     from .cluster.valkey import open_directory
 
-    directory = open_directory(config.directory)
+    directory = open_directory(config.join)
     try:
         await agent.join(directory, address, ttl_s=config.ttl_s, config=endpoint_config)
     except KVError:

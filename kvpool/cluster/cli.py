@@ -84,16 +84,24 @@ async def status_of(pool: ClusterPool) -> dict[str, Any]:
 def status(
     directory: Target,
     insecure: Insecure = False,
-    ca: Annotated[Path | None, typer.Option("--ca", help="PEM file of the pool's certificate authority: TLS")] = None,
-    certificate: Annotated[Path | None, typer.Option("--cert", help="This client's certificate (PEM)")] = None,
-    key: Annotated[Path | None, typer.Option("--key", help="Its private key (PEM)")] = None,
-    token: Annotated[Path | None, typer.Option("--token", help="File with this client's token")] = None,
+    ca: Annotated[
+        Path | None, typer.Option("--ca", envvar="KVPOOL_CA", help="PEM file of the pool's certificate authority: TLS")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option("--certificate", envvar="KVPOOL_CERTIFICATE", help="PEM file of a client certificate")
+    ] = None,
+    key: Annotated[Path | None, typer.Option("--key", envvar="KVPOOL_KEY", help="PEM file of its key")] = None,
+    token: Annotated[
+        Path | None, typer.Option("--token", envvar="KVPOOL_TOKEN", help="File with a token, instead of a certificate")
+    ] = None,
     json_to: JsonTo = None,
 ) -> None:
     """Nodes by cluster: state, memory, segments, and whether they answer."""
     from kvpool.cli import human
 
-    config = client_config(name="kvpool", insecure=insecure, authority=ca, certificate=certificate, key=key, token=token)
+    config = client_config(
+        name="kvpool", insecure=insecure, authority=ca, certificate=certificate, key=key, token=token
+    )
 
     async def work() -> dict[str, Any]:
         async with await open_cluster(directory, config) as pool:

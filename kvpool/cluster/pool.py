@@ -648,7 +648,9 @@ async def connect_cluster(
         directory = open_directory(target, timeout_s=answer_s)
     else:
         directory = PeerDirectory(links, list(target), timeout_s=answer_s)
-    pool = ClusterPool(directory, links, placement=policy, whole_chains=whole, tenant=tenant, ttl_s=ttl_s, answer_s=answer_s)
+    pool = ClusterPool(
+        directory, links, placement=policy, whole_chains=whole, tenant=tenant, ttl_s=ttl_s, answer_s=answer_s
+    )
     try:
         await pool.start()
     except BaseException:

@@ -32,7 +32,7 @@ class Daemon:
         command = [sys.executable, "-m", "kvpool.daemon", "--port", str(port), "--memory", "32MiB", "--node", node]
         command += ["--cluster", cluster, *options]
         if server is not None:
-            command += ["--directory", f"valkey://127.0.0.1:{server.port}?name=processes"]
+            command += ["--join", f"valkey://127.0.0.1:{server.port}?name=processes"]
         config = os.path.join(server.folder, "kvpoold.toml") if server is not None else None
         if config is not None:
             with open(config, "w") as file:
@@ -204,10 +204,10 @@ def test_a_daemon_that_cannot_join_says_why_and_ends():
     with running() as server:
         directory = f"valkey://127.0.0.1:{server.port}"
         cases = [
-            (["--directory", "http://nowhere"], "is no directory"),
-            (["--directory", f"valkey://127.0.0.1:{free_port()}"], "cannot be asked"),
-            (["--directory", directory, "--advertise", "127.0.0.1:1"], "does not reach this node"),
-            (["--directory", directory, "--host", "0.0.0.0", "--insecure"], "set advertise"),
+            (["--join", "http://nowhere"], "is no directory"),
+            (["--join", f"valkey://127.0.0.1:{free_port()}"], "cannot be asked"),
+            (["--join", directory, "--advertise", "127.0.0.1:1"], "does not reach this node"),
+            (["--join", directory, "--host", "0.0.0.0", "--insecure"], "set advertise"),
         ]
         for options, message in cases:
             done = subprocess.run(

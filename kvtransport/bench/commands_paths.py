@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from . import crowd as crowd_command
 from . import doctor as doctor_command
 from . import pipeline as pipeline_command
 from . import plots
@@ -118,6 +119,39 @@ def pipeline(
     )
     plots.check(plot)
     body = {"command": "pipeline", **pipeline_command.run(options, console(json_to))}
+    write_json(json_to, body)
+    plots.save(plot, body)
+
+
+@app.command(
+    "crowd",
+    epilog="Examples:  [bold]kvbench crowd[/]   |   [bold]kvbench crowd --count 256 --rtt 10 --json -[/]",
+)
+def crowd(
+    count: Annotated[int, typer.Option(help="Transfers at once.")] = 64,
+    total_bytes: Annotated[int, typer.Option(help="Of all of them together.")] = 1 << 30,
+    urgent_bytes: Annotated[int, typer.Option(help="Of the urgent transfer.")] = 4 << 20,
+    connections: ConnectionsOption = None,
+    congestion: CongestionOption = None,
+    repeat: Annotated[int, typer.Option(help="Rounds; medians are reported.")] = 9,
+    rtt: RttOption = None,
+    rate_mbit: RateOption = None,
+    loss: LossOption = None,
+    json_to: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Many transfers at once against one of the same bytes, and an urgent transfer alone and behind bulk."""
+    options = crowd_command.CrowdOptions(
+        count=count,
+        total_bytes=total_bytes,
+        urgent_bytes=urgent_bytes,
+        connections=connections,
+        congestion=congestion,
+        repeat=repeat,
+        conditions=emulation(rtt, rate_mbit, loss),
+    )
+    plots.check(plot)
+    body = {"command": "crowd", **crowd_command.run(options, console(json_to))}
     write_json(json_to, body)
     plots.save(plot, body)
 

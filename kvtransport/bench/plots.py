@@ -256,7 +256,25 @@ def rounds(body: Body) -> Any:
     return drawn
 
 
+def crowd(body: Body) -> Any:
+    """Rounds of one transfer and of many; rounds of the urgent one alone and behind bulk."""
+    drawn, axes = _axes(1, 2, 8.0, 3.0)
+    for axis, kinds, key, scale, unit in (
+        (axes[0][0], ("one", "many"), "goodput_gbps", 1.0, "Gbps"),
+        (axes[0][1], ("urgent_alone", "urgent_behind_bulk"), "urgent_s", 1e3, "ms"),
+    ):
+        for kind, colour in zip(kinds, (OTHERS, OURS), strict=True):
+            reached = [r[key] * scale for r in body["rounds"][kind]]
+            axis.plot(range(1, len(reached) + 1), reached, "o-", color=colour, label=kind.replace("_", " "), ms=3)
+        axis.set_ylim(0)
+        axis.set_xlabel("round")
+        axis.set_ylabel(unit)
+        axis.legend(fontsize=7)
+    return drawn
+
+
 DRAWERS: dict[str, Callable[[Body], Any]] = {
+    "crowd": crowd,
     "loopback": rounds,
     "peers": peers,
     "pipeline": pipeline,

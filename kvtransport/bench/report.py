@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import ConfigError
-from . import doctor, loopback, peers, pipeline, plots, send, sweep, wan
+from . import crowd, doctor, loopback, peers, pipeline, plots, send, sweep, wan
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1e293b; --paper: #fff; --faint: #64748b; --line: #e2e8f0; }
@@ -27,6 +27,7 @@ RENDERERS = {
     "sweep": sweep.render,
     "pipeline": pipeline.render,
     "wan": wan.render,
+    "crowd": crowd.render,
     "peers": peers.render,
     "send": send.render,
 }

@@ -229,6 +229,14 @@ static bool deliver(direction *d, double at) {
 
 /* -- namespaces ------------------------------------------------------------------------------------------- */
 
+/* Nothing but what is measured shall pass: no neighbour discovery of IPv6. Kernels without it have no such file. */
+static void without_ipv6(void) {
+    int f = open("/proc/sys/net/ipv6/conf/all/disable_ipv6", O_WRONLY);
+    if (f < 0) return;
+    if (write(f, "1", 1) != 1) die("switching IPv6 off in the namespace");
+    close(f);
+}
+
 static void configure(const char *device, const char *address) {
     int s = socket(AF_INET, SOCK_DGRAM, 0);
     struct ifreq lo = {.ifr_flags = IFF_UP}, r = {0};
@@ -254,6 +262,7 @@ static void configure(const char *device, const char *address) {
 static int make_side(const char *address, int *namespace) {
     if (unshare(CLONE_NEWNET)) die("making a network namespace (root is needed)");
     if ((*namespace = open("/proc/self/ns/net", O_RDONLY)) < 0) die("/proc/self/ns/net");
+    without_ipv6();
     int device = open("/dev/net/tun", O_RDWR | O_NONBLOCK);
     if (device < 0) die("/dev/net/tun");
     struct ifreq r = {.ifr_flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR};

@@ -187,7 +187,7 @@ class SenderEnd(FlowEnd):
         started = time.monotonic()
         for i, (layer, extents) in enumerate(by_layer.items()):
             due = started + command["seconds"] * (i + 1) / len(by_layer)
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            await asyncio.sleep(max(0.0, due - time.monotonic()))  # uvloop rounds to milliseconds; errors do not add up
             for extent in extents:
                 sender.ready(layer, extent.tensor, pages[layer, extent.tensor])
         ended = time.monotonic()

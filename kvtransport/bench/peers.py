@@ -12,6 +12,7 @@ import signal
 import socket
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from .wan import available_congestion
 GB = 1e9
 START_S = 120.0
 ANSWER_S = 180.0
+FREEZE_S = 2.0
 PING_BYTES = 4096
 JUST = 0.85
 """A peer below this share of its own documented ratio to the C loop was not measured fairly."""
@@ -86,6 +88,15 @@ def cpu_seconds(pids: Sequence[int]) -> float:
     return total / 1e9
 
 
+def _runs(pid: int) -> bool:
+    """Whether the process is neither stopped nor gone."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in "TtZX"
+
+
 class Pair:
     """Two processes of one peer and what they have measured."""
 
@@ -101,10 +112,18 @@ class Pair:
         self.freeze()
 
     def freeze(self) -> None:
+        """Stop both ends, and wait until they have stopped: the next one's turn begins then."""
         self._signal(signal.SIGSTOP)
+        deadline = time.monotonic() + FREEZE_S
+        while any(_runs(pid) for pid in self._pids) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+
+    @property
+    def _pids(self) -> tuple[int, ...]:
+        return (*self._target_pids, self.initiator.pid)
 
     def _signal(self, number: int) -> None:
-        for pid in (*self._target_pids, self.initiator.pid):
+        for pid in self._pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 

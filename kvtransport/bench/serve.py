@@ -48,7 +48,7 @@ class Served:
         # A page more in four, as kvbench's memory keeps them.
         if manifest.total_bytes * 5 // 4 > limit_bytes:
             raise LimitError(
-                f"{manifest.total_bytes / 1e9:.1f} GB of cache do not fit into the {limit_bytes / 1e9:.1f} GB this "
+                f"{manifest.total_bytes / 1e6:,.0f} MB of cache, and pages to spare, do not fit into the {limit_bytes / 1e6:,.0f} MB this "
                 "server gives (kvbench serve --max-memory)"
             )
         sizes = page_sizes(self.layout, wanted.page_bytes, contiguous=wanted.contiguous)

@@ -33,8 +33,15 @@ ChecksumOption = Annotated[bool, typer.Option(help="xxh3 of every chunk, verifie
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Beyond loopback: nothing is encrypted, the network is trusted.")
 ]
+CaOption = Annotated[
+    Path | None,
+    typer.Option("--ca", help="PEM of the authorities the other end is held against: all connections are TLS 1.3."),
+]
+CertificateOption = Annotated[Path | None, typer.Option("--cert", help="PEM of this end's own certificate.")]
+KeyOption = Annotated[Path | None, typer.Option("--key", help="PEM of its key.")]
 TokenOption = Annotated[
-    str | None, typer.Option(envvar="KVBENCH_TOKEN", help="A secret both ends know, at least 16 characters; also KVBENCH_TOKEN.")
+    str | None,
+    typer.Option(envvar="KVBENCH_TOKEN", help="A secret both ends know, at least 16 characters; also KVBENCH_TOKEN."),
 ]
 
 
@@ -158,25 +165,30 @@ def crowd(
 
 @app.command(
     "serve",
-    epilog="Examples:  [bold]kvbench serve[/]   |   [bold]kvbench serve --host 0.0.0.0 --insecure --token ...[/]",
+    epilog="Examples:  [bold]kvbench serve[/]   |   [bold]kvbench serve --host 0.0.0.0 --ca ca.pem --cert cert.pem --key key.pem --token ...[/]",
 )
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.")] = PORT,
     max_memory: Annotated[int, typer.Option(help="Bytes it gives a sender at most.")] = serve_command.MAX_MEMORY,
     insecure: InsecureOption = False,
+    ca: CaOption = None,
+    cert: CertificateOption = None,
+    key: KeyOption = None,
     token: TokenOption = None,
 ) -> None:
     """Receive what 'kvbench send' sends, verify it, and tell what arrived; until Ctrl-C.
 
-    Beyond loopback only with --insecure: nothing is encrypted yet, so say so where the network is trusted.
+    Beyond loopback only with TLS (--ca, --cert, --key) and a token or a client certificate, or with --insecure.
     """
     from ..endpoint import EndpointConfig
     from ..identity import Token, TokenStore
 
     out = console(None)
     tokens = None if token is None else TokenStore([Token.shared(token)])
-    config = EndpointConfig(name="kvbench-serve", insecure=insecure, tokens=tokens)
+    config = EndpointConfig(
+        name="kvbench-serve", insecure=insecure, tls=send_command.tls_config(ca, cert, key), tokens=tokens
+    )
 
     async def work() -> None:
         stop = asyncio.Event()
@@ -191,7 +203,7 @@ def serve(
 
 @app.command(
     "send",
-    epilog="Examples:  [bold]kvbench send 127.0.0.1[/]   |   [bold]kvbench send decode-3:5207 --insecure --token ... --json -[/]",
+    epilog="Examples:  [bold]kvbench send 127.0.0.1[/]   |   [bold]kvbench send decode-3:5207 --ca ca.pem --token ... --json -[/]",
 )
 def send(
     host: Annotated[str, typer.Argument(help="HOST or HOST:PORT of a 'kvbench serve'.")],
@@ -205,6 +217,10 @@ def send(
     checksum: ChecksumOption = True,
     repeat: Annotated[int, typer.Option(help="Rounds, after one that does not count.")] = 5,
     insecure: InsecureOption = False,
+    ca: CaOption = None,
+    cert: CertificateOption = None,
+    key: KeyOption = None,
+    server_name: Annotated[str | None, typer.Option(help="What the server's certificate is made out to.")] = None,
     token: TokenOption = None,
     json_to: JsonOption = None,
 ) -> None:
@@ -226,6 +242,10 @@ def send(
         checksum=checksum,
         repeat=repeat,
         insecure=insecure,
+        ca=ca,
+        cert=cert,
+        key=key,
+        server_name=server_name,
         token=token,
     )
     body = asyncio.run(send_command.run(options, console(json_to)))

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from ..identity import Token
 from ..io.tcp import TcpOptions
 from ..link import Link
 from ..manifest import Manifest
+from ..tls import TlsConfig
 from . import prefill
 from .connections import congestion_of_link, describe_telemetry
 from .loopback import MAX_CONNECTIONS
@@ -30,6 +32,8 @@ from .worker import cpu_seconds
 
 GB = 1e9
 ANSWER_S = 60.0
+SECRETS = ("token", "ca", "cert", "key")
+"""Options that are not written down: a secret, and paths that mean nothing elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,10 @@ class SendOptions:
     checksum: bool = True
     repeat: int = 5
     insecure: bool = False
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    server_name: str | None = None
     token: str | None = None
     deadline_s: float = 120.0
 
@@ -63,6 +71,19 @@ class SendOptions:
         ):
             if not low <= value <= high:
                 raise ConfigError(f"{name} must be {low} to {high}, got {value}")
+
+
+def tls_config(
+    ca: Path | None, cert: Path | None, key: Path | None, server_name: str | None = None
+) -> TlsConfig | None:
+    """None without ``--ca``. Raises ConfigError for a certificate without its key, or without authorities."""
+    if (cert is None) != (key is None):
+        raise ConfigError("--cert and --key belong together")
+    if ca is None:
+        if cert is not None:
+            raise ConfigError("TLS needs --ca, the authorities the other end is held against")
+        return None
+    return TlsConfig(ca, cert, key, server_name=server_name)
 
 
 def parse_address(text: str, default_port: int) -> tuple[str, int]:
@@ -84,7 +105,11 @@ async def measure(options: SendOptions, step: Callable[[str], None]) -> dict[str
     """
     options.check()
     layout = presets.load(options.preset)
-    settings: dict[str, Any] = {"name": "kvbench-send", "insecure": options.insecure}
+    settings: dict[str, Any] = {
+        "name": "kvbench-send",
+        "insecure": options.insecure,
+        "tls": tls_config(options.ca, options.cert, options.key, options.server_name),
+    }
     if options.token is not None:
         settings["token"] = Token.shared(options.token)
     if options.congestion is not None:
@@ -118,7 +143,8 @@ async def measure(options: SendOptions, step: Callable[[str], None]) -> dict[str
     reached = statistics.median(r["goodput_gbps"] for r in rounds)
     times = prefill.of_preset(options.preset)
     return {
-        **{k: v for k, v in asdict(options).items() if k != "token"},
+        **{k: v for k, v in asdict(options).items() if k not in SECRETS},
+        "tls": options.ca is not None,
         **facts,
         "bytes": empty.total_bytes,
         "dial_s": dial_s,

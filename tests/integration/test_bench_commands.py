@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from kvtransport import presets
 from kvtransport.bench import cli, plots, wan
-from kvtransport.errors import ConfigError, HandshakeError, InsecureBindError, LimitError
+from kvtransport.errors import ConfigError, HandshakeError, InsecureBindError, KVError, LimitError
 
 from .test_bench_loopback import children, gone
 
 ROOT = Path(__file__).resolve().parents[2]
+SECRET = "sixteen bytes or more"
 
 
 def kvbench(*args: str, **env: str) -> tuple[dict, str]:
@@ -186,14 +187,30 @@ def test_send_to_a_server(server):
         assert "every byte verified" in shown
 
 
+def test_send_over_tls(server, pki):
+    address = server(
+        "--ca", str(pki / "ca.pem"), "--cert", str(pki / "n1.pem"), "--key", str(pki / "n1.key"), "--token", SECRET
+    )
+    body, _ = kvbench(
+        "send", address, "--tokens", "300", "--repeat", "1", "--ca", str(pki / "ca.pem"), "--token", SECRET
+    )
+    assert body["tls"] is True
+    assert str(pki) not in json.dumps(body)
+    with pytest.raises(KVError):
+        kvbench("send", address, "--tokens", "300", "--repeat", "1", "--token", SECRET)  # not TLS
+    for args, words in ((["--cert", "a"], "belong together"), (["--cert", "a", "--key", "b"], "needs --ca")):
+        with pytest.raises(ConfigError, match=words):
+            kvbench("send", address, *args)
+
+
 def test_a_server_refuses_what_it_must(server):
-    address = server("--token", "secret", "--max-memory", "60000000")
+    address = server("--token", SECRET, "--max-memory", "60000000")
     with pytest.raises(HandshakeError):
         kvbench("send", address, "--tokens", "300")
-    body, _ = kvbench("send", address, "--tokens", "300", "--repeat", "1", KVBENCH_TOKEN="secret")
-    assert "secret" not in json.dumps(body)
+    body, _ = kvbench("send", address, "--tokens", "300", "--repeat", "1", KVBENCH_TOKEN=SECRET)
+    assert SECRET not in json.dumps(body)
     with pytest.raises(LimitError, match="--max-memory"):
-        kvbench("send", address, "--tokens", "30000", "--repeat", "1", "--token", "secret")
+        kvbench("send", address, "--tokens", "30000", "--repeat", "1", "--token", SECRET)
 
 
 def test_beyond_loopback_only_where_it_is_said():

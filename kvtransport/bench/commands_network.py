@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from . import plots
 from . import wan as wan_command
 from .app import JsonOption, PlotOption, app, integers, numbers
 from .output import console, write_json
+from .report import load
 
 
 @app.command(
@@ -32,6 +34,10 @@ def wan(
     changes: Annotated[bool, typer.Option(help="Changes of round trip and loss while it runs too.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="Corners of the grid, one look each: two minutes.")] = False,
     seed: Annotated[int, typer.Option(help="Of the losses.")] = 1,
+    screened: Annotated[
+        Path | None,
+        typer.Option(help="JSON of an earlier run: its looks at iperf3's settings count, only the best run again."),
+    ] = None,
     json_to: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
@@ -60,7 +66,8 @@ def wan(
         if json_to != "-":  # half an hour is not lost with the last minute
             write_json(json_to, {"command": "wan", **body})
 
-    body = wan_command.run(wan_command.quick(options) if quick else options, console(json_to), keep)
+    earlier = None if screened is None else load(screened)
+    body = wan_command.run(wan_command.quick(options) if quick else options, console(json_to), keep, earlier)
     write_json(json_to, {"command": "wan", **body})
     plots.save(plot, {"command": "wan", **body})
 

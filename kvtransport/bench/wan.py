@@ -25,7 +25,7 @@ COLD_BYTES = 256 << 20
 SKIP_S = 1.0
 """Of every run the first second does not count: slow start is measured by the cold transfers."""
 HOPELESS = 0.25
-"""Settings below this share of the best steady goodput are not tried cold: they cannot be the best there."""
+"""Settings below this share of the best after one look are not looked at again, nor tried cold."""
 WINDOW_S = 0.5
 """Goodput after a change is judged over windows of this length."""
 BEFORE_S = 3.0
@@ -121,13 +121,17 @@ class Cell:
             prefixes=(self.link.enter(1), self.link.enter(0)),
         )
 
-    def steady(self, settings: Iterable[Setting]) -> dict[str, Any]:
-        """Every setting of iperf3, then the two best again in turns with ours."""
+    def steady(self, settings: Iterable[Setting], screened: dict[str, Any] | None) -> dict[str, Any]:
+        """Every setting of iperf3 (or what ``screened`` says of them), then the two best again in turns with ours."""
         length = {"seconds": self.options.seconds, "omit_s": SKIP_S}
         tried: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in settings}
-        for _ in range(self.options.repeat):
+        if screened is not None:
+            tried = {s: screened["steady"]["iperf3"][s.name]["rounds"] for s in tried}
+        for i in range(self.options.repeat if screened is None else 0):
+            best_yet = max((_median(rounds) for rounds in tried.values() if rounds), default=0.0)
             for setting, rounds in tried.items():
-                rounds.append(self.iperf(setting, "all settings", **length))
+                if i == 0 or _median(rounds) >= HOPELESS * best_yet:
+                    rounds.append(self.iperf(setting, "all settings", **length))
         ranked = sorted(tried, key=lambda s: -_median(tried[s]))
         finals: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in ranked[:2]}
         ours: list[FlowRun] = []
@@ -149,12 +153,19 @@ class Cell:
             "ours": [_describe(run) for run in ours],
         }
 
-    def cold(self, steady: dict[str, Any], settings: Iterable[Setting]) -> dict[str, Any]:
+    def cold(
+        self, steady: dict[str, Any], settings: Iterable[Setting], screened: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """The first 256 MiB of fresh connections: iperf3's settings that have a chance, the best in turns with ours."""
         reached = {name: each["goodput_gbps"] for name, each in steady["iperf3"].items()}
         likely = [s for s in settings if reached[s.name] >= HOPELESS * max(reached.values())]
         tried: dict[Setting, list[dict[str, Any]]] = {s: [] for s in likely}
-        for _ in range(min(2, self.options.repeat)):
+        if screened is not None and screened["cold"] is not None:
+            tried = {s: screened["cold"]["iperf3"][s.name]["rounds"] for s in likely}
+            screened_repeat = 0
+        else:
+            screened_repeat = min(2, self.options.repeat)
+        for _ in range(screened_repeat):
             for setting, rounds in tried.items():
                 rounds.append(self.iperf(setting, "cold", nbytes=COLD_BYTES))
         best = max(tried, key=lambda s: _median(tried[s]))
@@ -288,8 +299,26 @@ def _changes(options: WanOptions, known: dict[Conditions, float], steps: Steps) 
     return out
 
 
-def run(options: WanOptions, out: Console, say: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """Measure the whole grid; ``say`` gets the report so far after every cell. Needs root and iperf3."""
+def _screened(body: dict[str, Any] | None, conditions: Conditions, settings: list[Setting]) -> dict[str, Any] | None:
+    """The cell of an earlier report with these conditions. Raises ConfigError when it lacks a setting."""
+    for cell in [] if body is None else body["cells"]:
+        if Conditions(**cell["conditions"]) == conditions:
+            if any(s.name not in cell["steady"]["iperf3"] for s in settings):
+                raise ConfigError(f"the earlier report looked at other settings of iperf3 at {conditions}")
+            return dict(cell)
+    return None
+
+
+def run(
+    options: WanOptions,
+    out: Console,
+    say: Callable[[dict[str, Any]], None] | None = None,
+    earlier: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure the whole grid; ``say`` gets the report so far after every cell. Needs root and iperf3.
+
+    ``earlier``: a report whose looks at all of iperf3's settings are taken over; the best are measured again.
+    """
     options.check()
     here = available_congestion()
     missing = [name for name in options.congestion if here and name not in here]
@@ -313,11 +342,20 @@ def run(options: WanOptions, out: Console, say: Callable[[dict[str, Any]], None]
                 conditions = options.conditions(rtt, loss)
                 with EmulatedLink(conditions, seed=options.seed) as link:
                     cell = Cell(options, conditions, link, steps)
-                    steady = cell.steady(settings)
-                    cold = cell.cold(steady, settings) if options.cold else None
+                    screened = _screened(earlier, conditions, settings)
+                    steady = cell.steady(settings, screened)
+                    cold = cell.cold(steady, settings, screened) if options.cold else None
                     passed = link.stats()
                 known[conditions] = steady["best_gbps"]
-                cells.append({"conditions": asdict(conditions), "steady": steady, "cold": cold, "link": passed})
+                cells.append(
+                    {
+                        "conditions": asdict(conditions),
+                        "screened_earlier": screened is not None,
+                        "steady": steady,
+                        "cold": cold,
+                        "link": passed,
+                    }
+                )
                 if say is not None:
                     say(body)
         if options.changes:

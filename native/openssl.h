@@ -21,6 +21,8 @@
     F(int, SSL_CTX_set_num_tickets, (void *ctx, size_t count))                                                         \
     F(int, SSL_CTX_use_certificate, (void *ctx, void *certificate))                                                    \
     F(int, SSL_CTX_use_PrivateKey, (void *ctx, void *key))                                                             \
+    F(int, SSL_CTX_use_certificate_file, (void *ctx, const char *path, int type))                                      \
+    F(int, SSL_CTX_use_PrivateKey_file, (void *ctx, const char *path, int type))                                       \
     F(int, SSL_CTX_check_private_key, (const void *ctx))                                                               \
     F(void *, SSL_CTX_get_cert_store, (const void *ctx))                                                               \
     F(int, SSL_CTX_add_client_CA, (void *ctx, void *certificate))                                                      \

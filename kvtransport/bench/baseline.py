@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
+from ..tls import TlsConfig
 from .compiled import program
 from .crew import Crew, Process
 from .summary import paired_ratio, spread
@@ -44,6 +46,7 @@ class Baseline:
 
     Each end keeps ``copies`` buffers of ``nbytes`` and takes the next one each round. ``congestion`` None: the system's
     default. ``prefixes`` (receiver, sender) come before the commands, as in ``ip netns exec NAME``.
+    With ``tls`` the same loops over SSL_write and SSL_read (csrc/tls_baseline.c).
     Raises ConfigError without a C compiler, RemoteError when a process dies.
     """
 
@@ -56,25 +59,32 @@ class Baseline:
         congestion: str | None = None,
         host: str = "127.0.0.1",
         prefixes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+        tls: TlsConfig | None = None,
     ) -> None:
         self.nbytes = nbytes
         self.congestion = "unknown"
         self._host = host
         self._prefixes = prefixes
+        self._tls = tls
         self._shape = [str(connections), str(nbytes), str(copies), congestion or "-"]
         self._crew = Crew()
         self._receiver: Process
         self._sender: Process
 
     def __enter__(self) -> Self:
-        executable = str(program("baseline", headers=("xxhash.h",)))
+        environment: dict[str, str] | None = None
+        if self._tls is None:
+            executable = str(program("baseline", headers=("xxhash.h",)))
+        else:
+            executable = str(program("tls_baseline", headers=("baseline.c", "openssl.h", "xxhash.h")))
+            environment = {**os.environ, "KV_TLS_PEM": str(self._tls.certificate), "KV_TLS_KEY": str(self._tls.key)}
         try:
             receiver = self._crew.start(
-                "C receiver", [*self._prefixes[0], executable, "receive", self._host, *self._shape]
+                "C receiver", [*self._prefixes[0], executable, "receive", self._host, *self._shape], environment
             )
             port = self._crew.wait(receiver, "listening", START_S)["port"]
             sender = self._crew.start(
-                "C sender", [*self._prefixes[1], executable, "send", self._host, str(port), *self._shape]
+                "C sender", [*self._prefixes[1], executable, "send", self._host, str(port), *self._shape], environment
             )
             self.congestion = self._crew.wait(sender, "ready", START_S)["congestion"]
             self._crew.wait(receiver, "ready", START_S)

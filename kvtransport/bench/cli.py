@@ -35,7 +35,7 @@ def models(json_to: JsonOption = None) -> None:
     "loopback",
     epilog="Examples:  [bold]kvbench loopback[/]   |   [bold]kvbench loopback --connections 1 --no-checksum --json -[/]   |   "
     "[bold]kvbench loopback --preset minimax-m2.5 --tokens 8192 --congestion cubic --contiguous[/]   |   "
-    "[bold]kvbench loopback --baseline --congestion cubic --repeat 9[/]",
+    "[bold]kvbench loopback --baseline --congestion cubic --repeat 9[/]   |   [bold]kvbench loopback --tls --json -[/]",
 )
 def loopback(
     preset: Annotated[str, typer.Option(help="Whose cache to move; 'kvbench models' lists them.")] = "kimi-linear-48b",
@@ -49,12 +49,16 @@ def loopback(
     checksum: Annotated[bool, typer.Option(help="xxh3 of every chunk, verified on arrival.")] = True,
     congestion: Annotated[str | None, typer.Option(help="cubic, bbr, ...; default: the system's.")] = None,
     repeat: Annotated[
-        int | None, typer.Option(help="Timed rounds; the median is reported. Default: 5, with --baseline 7.")
+        int | None, typer.Option(help="Timed rounds; the median is reported. Default: 5, with --baseline or --tls 7.")
     ] = None,
     warmup: Annotated[int, typer.Option(help="Rounds before them that do not count.")] = 1,
     buffer_bytes: Annotated[
         int | None, typer.Option(help="Memory per end, at least; default: more than the caches hold.")
     ] = None,
+    tls: Annotated[
+        bool,
+        typer.Option("--tls", help="TLS 1.3, in turns with the same without it and a C loop over the same OpenSSL."),
+    ] = False,
     baseline: Annotated[
         bool, typer.Option("--baseline", help="The same bytes through a C loop of send and recv, in turns with ours.")
     ] = False,
@@ -75,10 +79,11 @@ def loopback(
         contiguous=contiguous,
         checksum=checksum,
         congestion=congestion,
-        repeat=repeat if repeat is not None else 7 if baseline else 5,
+        repeat=repeat if repeat is not None else 7 if baseline or tls else 5,
         warmup=warmup,
         buffer_bytes=buffer_bytes,
         baseline=baseline,
+        tls=tls,
     )
     body = loopback_command.run(options, console(json_to))
     write_json(json_to, {"command": "loopback", **body})

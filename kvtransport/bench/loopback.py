@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
@@ -22,11 +24,13 @@ from .. import presets
 from ..buffers import native_available
 from ..errors import ConfigError
 from ..manifest import Manifest, new_transfer_id
+from ..tls import TlsConfig, implementation, require_cryptography
+from . import throwaway
 from .baseline import Baseline, BaselineRound, Variant, compare, variants
 from .crew import Crew, Process
 from .environment import child_environment
 from .loopback_memory import default_buffer_bytes, page_sizes
-from .summary import spread
+from .summary import paired_ratio, spread
 
 START_S = 120.0
 """For filling the memory with random bytes and dialling."""
@@ -55,6 +59,8 @@ class LoopbackOptions:
     buffer_bytes: int | None = None
     baseline: bool = False
     """The C loop in turns with ours, contiguous, plain and (with checksums) hashing the same bytes."""
+    tls: bool = False
+    """TLS 1.3, in turns with the same without it and with a C loop over the same OpenSSL."""
     deadline_s: float = 120.0
 
     def check(self) -> None:
@@ -71,6 +77,8 @@ class LoopbackOptions:
         for name, value, low, high in bounds:
             if not low <= value <= high:
                 raise ConfigError(f"{name} must be {low} to {high}, got {value}")
+        if self.tls:
+            require_cryptography()
         if self.contiguous and self.page_bytes is not None:
             raise ConfigError("--contiguous and --page-bytes exclude each other: contiguous memory has no pages")
         presets.preset(self.preset)
@@ -105,6 +113,10 @@ class Loopback:
         self.manifest = Manifest.of_layout(self.layout, options.tokens, transfer=bytes(16))
         self.congestion = "unknown"
         self.copies = 1
+        self.cipher = ""
+        self.kernel_tls = False
+        self.tls: TlsConfig | None = None
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._crew = Crew(progress)
         self._done = 0
 
@@ -112,13 +124,20 @@ class Loopback:
         buffer_bytes = default_buffer_bytes() if self.options.buffer_bytes is None else self.options.buffer_bytes
         config = {**asdict(self.options), "buffer_bytes": buffer_bytes}
         try:
+            if self.options.tls:
+                self._directory = tempfile.TemporaryDirectory()
+                self.tls = throwaway.make(Path(self._directory.name))
+                config["tls_files"] = [str(self.tls.authority), str(self.tls.certificate), str(self.tls.key)]
             self._receiver = self._start("receiver", {**config, "seed": 1})
             listening = self._crew.wait(self._receiver, "started", START_S)
             self.copies = listening["copies"]
             self._sender = self._start(
                 "sender", {**config, "seed": 2, "host": listening["host"], "port": listening["port"]}
             )
-            self.congestion = self._crew.wait(self._sender, "started", START_S)["congestion"]
+            started = self._crew.wait(self._sender, "started", START_S)
+            self.congestion, self.cipher, self.kernel_tls = (
+                started[name] for name in ("congestion", "cipher", "kernel_tls")
+            )
         except BaseException:
             self.close()
             raise
@@ -157,6 +176,8 @@ class Loopback:
     def close(self) -> None:
         """End both processes and wait for them. Idempotent."""
         self._crew.close()
+        if self._directory is not None:
+            self._directory.cleanup()
 
     def _start(self, role: str, config: Mapping[str, Any]) -> Process:
         worker = self._crew.start(
@@ -169,7 +190,28 @@ class Loopback:
 Others = dict[Variant, list[BaselineRound]]
 
 
-def report(bench: Loopback, rounds: list[Round], others: Others | None = None) -> dict[str, Any]:
+def tls_cost(rounds: list[Round], plain: list[Round], bench: Loopback) -> dict[str, Any]:
+    """What TLS costs beside the same transfer without it, taken in turns: ratios of rounds that belong together."""
+
+    def cpu(r: Round) -> float:
+        return r.sender_cpu_s_per_gb + r.receiver_cpu_s_per_gb
+
+    return {
+        "cipher": bench.cipher,
+        "kernel": bench.kernel_tls,
+        "openssl": implementation().tls_version(),
+        "plain_goodput_gbps": spread([r.goodput_gbps for r in plain]),
+        "plain_cpu_s_per_gb": spread([cpu(r) for r in plain])["median"],
+        "cpu_s_per_gb": spread([cpu(r) for r in rounds])["median"],
+        "goodput_ratio_to_plain": paired_ratio([r.goodput_gbps for r in rounds], [r.goodput_gbps for r in plain]),
+        "cpu_ratio_to_plain": paired_ratio([cpu(r) for r in rounds], [cpu(r) for r in plain]),
+        "plain_rounds": [asdict(r) for r in plain],
+    }
+
+
+def report(
+    bench: Loopback, rounds: list[Round], others: Others | None = None, plain: list[Round] | None = None
+) -> dict[str, Any]:
     """Everything ``kvbench loopback --json`` prints. Medians over ``rounds``; Gbps is 1e9 payload bits a second."""
     options = bench.options
     sizes = page_sizes(bench.layout, options.page_bytes, contiguous=options.contiguous)
@@ -205,6 +247,7 @@ def report(bench: Loopback, rounds: list[Round], others: Others | None = None) -
         "goodput_gbps_spread": spread([r.goodput_gbps for r in rounds]),
         "rounds": [asdict(r) for r in rounds],
         "baseline": compare(rounds, others) if others else None,
+        "tls": tls_cost(rounds, plain, bench) if plain else None,
     }
 
 
@@ -227,9 +270,19 @@ def run(options: LoopbackOptions, out: Console) -> dict[str, Any]:
         bench = stack.enter_context(Loopback(options, lambda moved: progress.update(task, completed=moved)))
         total = bench.manifest.total_bytes
         loop: Baseline | None = None
-        if options.baseline:
+        beside: Loopback | None = None
+        plain: list[Round] = []
+        if options.tls:
+            beside = stack.enter_context(Loopback(replace(options, tls=False)))
+        if options.baseline or options.tls:
             loop = stack.enter_context(
-                Baseline(total, connections=options.connections, copies=bench.copies, congestion=options.congestion)
+                Baseline(
+                    total,
+                    connections=options.connections,
+                    copies=bench.copies,
+                    congestion=options.congestion,
+                    tls=bench.tls,
+                )
             )
             others = {variant: [] for variant in variants(hashing=options.checksum)}
         for i in range(options.warmup + options.repeat):
@@ -240,13 +293,18 @@ def run(options: LoopbackOptions, out: Console) -> dict[str, Any]:
             progress.update(task, completed=total)
             if at >= 0:
                 rounds.append(measured)
+            if beside is not None:
+                progress.update(task, description=f"{what}, without TLS")
+                measured = beside.round()
+                if at >= 0:
+                    plain.append(measured)
             for variant in others:
                 assert loop is not None
                 progress.update(task, description=f"{what}, C loop, {variant.name}")
                 theirs = loop.round(variant.call, hashing=variant.hashing)
                 if at >= 0:
                     others[variant].append(theirs)
-        body = report(bench, rounds, others)
+        body = report(bench, rounds, others, plain)
     render(out, body)
     return body
 
@@ -279,12 +337,25 @@ def render(out: Console, body: Mapping[str, Any]) -> None:
         f"{body['connections']} connections, {body['congestion']}{refused}, chunks of {body['chunk_bytes']:,} bytes, {pages}, "
         f"checksums {'on' if body['checksum'] else 'off'}"
     )
+    if body["tls"]:
+        _render_tls(out, body["tls"])
     if body["baseline"]:
         _render_baseline(out, body)
 
 
+def _render_tls(out: Console, tls: Mapping[str, Any]) -> None:
+    ratio, cpu, plain = tls["goodput_ratio_to_plain"], tls["cpu_ratio_to_plain"], tls["plain_goodput_gbps"]
+    out.print(
+        f"{tls['cipher']} by {tls['openssl']}, sealed by {'the kernel' if tls['kernel'] else 'the process'}: "
+        f"{ratio['median']:.3f} ({ratio['q1']:.3f}-{ratio['q3']:.3f}) of the goodput without TLS ({plain['median']:.2f} Gbps), "
+        f"{tls['cpu_s_per_gb']:.3f} CPU s/GB instead of {tls['plain_cpu_s_per_gb']:.3f} (both ends together, {cpu['median']:.2f} times)"
+    )
+
+
 def _render_baseline(out: Console, body: Mapping[str, Any]) -> None:
-    table = Table(title="against the C loop of send and recv, in turns, contiguous (median, quartiles)")
+    table = Table(
+        title=f"against the C loop of {'SSL_write and SSL_read' if body['tls'] else 'send and recv'}, in turns, contiguous (median, quartiles)"
+    )
     for heading in ("C loop", "receive", "Gbps", "CPU s/GB", "ours / C, goodput", "ours / C, CPU"):
         table.add_column(heading, justify="right")
     for kind, each in body["baseline"].items():

@@ -16,6 +16,7 @@ from ..io.tcp import TcpOptions
 from ..link import Link
 from ..manifest import Manifest
 from ..receiver import Expectation
+from ..tls import TlsConfig
 from .connections import congestion_of_link
 from .loopback_memory import CacheMemory, copies, page_sizes
 from .worker import Reply, Say, cpu_seconds, main
@@ -35,7 +36,15 @@ class Worker:
         role = config["role"]
         self.memory = CacheMemory(manifest, sizes, count=self.count, seed=config["seed"], name=f"kvbench-{role}")
         options = TcpOptions(congestion=config["congestion"])
-        self.endpoint = Endpoint(EndpointConfig(name=f"kvbench-{role}", chunk_bytes=config["chunk_bytes"], tcp=options))
+        files = config.get("tls_files")
+        self.endpoint = Endpoint(
+            EndpointConfig(
+                name=f"kvbench-{role}",
+                chunk_bytes=config["chunk_bytes"],
+                tcp=options,
+                tls=None if files is None else TlsConfig(*files),
+            )
+        )
 
     def manifest(self, transfer: bytes) -> Manifest:
         return Manifest.of_layout(self.layout, self.config["tokens"], transfer=transfer)
@@ -101,7 +110,15 @@ class SenderEnd(Worker):
         self.link = await self.endpoint.connect(
             self.config["host"], self.config["port"], connections=self.config["connections"]
         )
-        say({"event": "started", "congestion": congestion_of_link(self.link)})
+        stream = self.link.connections[0].stream
+        say(
+            {
+                "event": "started",
+                "congestion": congestion_of_link(self.link),
+                "cipher": getattr(stream, "cipher", ""),
+                "kernel_tls": getattr(stream, "kernel", False),
+            }
+        )
 
     async def round(self, command: Reply, say: Say) -> None:
         copy = command["round"] % self.count

@@ -92,9 +92,51 @@ static void tune(int fd, const char *congestion) {
         die("this congestion control may not be chosen here");
 }
 
+#ifdef KV_TLS_BASELINE
+#include "openssl.h"
+
+static kv_openssl o;
+static void *ssl_of[MAX_CONNECTIONS + 64]; /* by descriptor */
+
+static void secure(int fd, bool sender) {
+    static void *ctx;
+    char why[128];
+    if (fd >= MAX_CONNECTIONS + 64) exit(2);
+    if (!ctx) {
+        if (kv_openssl_load(&o, why, sizeof why)) fprintf(stderr, "%s\n", why), exit(1);
+        ctx = o.SSL_CTX_new(sender ? o.TLS_client_method() : o.TLS_server_method());
+        o.SSL_CTX_ctrl(ctx, KV_SSL_CTRL_SET_MIN_PROTO, KV_TLS1_3, NULL);
+        o.SSL_CTX_set_ciphersuites(ctx, "TLS_AES_128_GCM_SHA256");
+        o.SSL_CTX_set_num_tickets(ctx, 0);
+        if (!sender && (o.SSL_CTX_use_certificate_file(ctx, getenv("KV_TLS_PEM"), 1) != 1 ||
+                        o.SSL_CTX_use_PrivateKey_file(ctx, getenv("KV_TLS_KEY"), 1) != 1))
+            fputs("the certificate cannot be used\n", stderr), exit(1);
+    }
+    void *ssl = ssl_of[fd] = o.SSL_new(ctx);
+    o.SSL_set_fd(ssl, fd);
+    if (sender) o.SSL_set_connect_state(ssl);
+    else o.SSL_set_accept_state(ssl);
+    if (o.SSL_do_handshake(ssl) != 1) fputs("no handshake\n", stderr), exit(1);
+}
+
+static ssize_t put(int fd, const void *data, size_t length) {
+    size_t n = 0;
+    return o.SSL_write_ex(ssl_of[fd], data, length, &n) == 1 ? (ssize_t)n : -1;
+}
+
+static ssize_t get(int fd, void *data, size_t length) {
+    size_t n = 0;
+    return o.SSL_read_ex(ssl_of[fd], data, length, &n) == 1 ? (ssize_t)n : -1;
+}
+#else
+static void secure(int fd, bool sender) { (void)fd, (void)sender; }
+static ssize_t put(int fd, const void *data, size_t length) { return send(fd, data, length, MSG_NOSIGNAL); }
+static ssize_t get(int fd, void *data, size_t length) { return recv(fd, data, length, 0); }
+#endif
+
 static void send_all(int fd, const unsigned char *data, size_t length, size_t call) {
     while (length) {
-        ssize_t n = send(fd, data, length < call ? length : call, MSG_NOSIGNAL);
+        ssize_t n = put(fd, data, length < call ? length : call);
         if (n < 0 && errno == EINTR) continue;
         if (n <= 0) die("send");
         data += n, length -= (size_t)n;
@@ -103,7 +145,7 @@ static void send_all(int fd, const unsigned char *data, size_t length, size_t ca
 
 static void recv_all(int fd, unsigned char *data, size_t length, size_t call, XXH3_state_t *state) {
     while (length) {
-        ssize_t n = recv(fd, data, length < call ? length : call, 0);
+        ssize_t n = get(fd, data, length < call ? length : call);
         if (n < 0 && errno == EINTR) continue;
         if (n <= 0) die("recv");
         if (state) XXH3_64bits_update(state, data, (size_t)n);
@@ -220,6 +262,7 @@ int main(int argc, char **argv) {
             int fd = connections[i].fd = socket(AF_INET, SOCK_STREAM, 0);
             tune(fd, congestion);
             if (connect(fd, (struct sockaddr *)&to, sizeof to)) die("connect");
+            secure(fd, true);
         }
     } else {
         struct sockaddr_in at = address(argv[2], 0);
@@ -232,6 +275,7 @@ int main(int argc, char **argv) {
         for (int i = 0; i < count; i++) {
             if ((connections[i].fd = accept(listener, NULL, NULL)) < 0) die("accept");
             tune(connections[i].fd, congestion);
+            secure(connections[i].fd, false);
         }
         close(listener);
     }

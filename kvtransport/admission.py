@@ -23,7 +23,7 @@ from .wire.bodies import Hello
 if TYPE_CHECKING:
     from .endpoint import EndpointConfig
 
-STRANGER_SHARE = 0.2
+STRANGER_SHARE = 0.1
 """Of each second of the event loop, at most this is spent on accepting and shaking hands with TLS."""
 STRANGER_BURST_S = 0.1
 PER_ADDRESS = 4

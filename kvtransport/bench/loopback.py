@@ -113,6 +113,8 @@ class Loopback:
         self.manifest = Manifest.of_layout(self.layout, options.tokens, transfer=bytes(16))
         self.congestion = "unknown"
         self.copies = 1
+        self.port = 0
+        """Where the receiver listens."""
         self.cipher = ""
         self.kernel_tls = False
         self.tls: TlsConfig | None = None
@@ -131,6 +133,7 @@ class Loopback:
             self._receiver = self._start("receiver", {**config, "seed": 1})
             listening = self._crew.wait(self._receiver, "started", START_S)
             self.copies = listening["copies"]
+            self.port = int(listening["port"])
             self._sender = self._start(
                 "sender", {**config, "seed": 2, "host": listening["host"], "port": listening["port"]}
             )

@@ -237,3 +237,24 @@ def test_blanking_and_a_flipped_bit_change_the_digests(memory):
 
 def test_copies():
     assert [copies(100, n) for n in (0, 1, 100, 101, 1000)] == [1, 1, 1, 2, 10]
+
+
+def test_tls_takes_turns_with_plain_and_with_c_over_the_same_openssl():
+    args = ["--tokens", "512", "--connections", "2", "--repeat", "2", "--warmup", "0", "--buffer-bytes", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "kvtransport.bench.cli", "loopback", "--tls", "--json", "-", *args],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    body = json.loads(done.stdout)
+    assert body["verified"]
+    assert body["tls"]["cipher"] == "TLS_AES_128_GCM_SHA256"
+    assert len(body["tls"]["plain_rounds"]) == len(body["rounds"]) == 2
+    assert body["tls"]["goodput_ratio_to_plain"]["median"] > 0
+    assert body["baseline"]["plain"]["verified"]
+    assert body["baseline"]["hashing"]["goodput_ratio"]["median"] > 0
+    assert "SSL_write" in done.stderr
+    assert "CPU s/GB instead of" in " ".join(done.stderr.split())

@@ -19,7 +19,7 @@ from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import ConfigError, KVError
 
 from .client import PoolClient, connect
-from .cluster.cli import cluster
+from .cluster.cli import register as register_cluster
 from .commands_security import register as register_security
 from .demo.cli import register as register_demo
 from .keys import KeyChain
@@ -178,7 +178,7 @@ def _token_ids(source: str) -> np.ndarray[Any, np.dtype[np.int64]]:
     return ids.astype(np.int64)
 
 
-app.add_typer(cluster, name="cluster")
+register_cluster(app)
 register_demo(app)
 register_security(app)
 register_scheduling(app)

@@ -125,6 +125,14 @@ class PoolCore:
             self._misses[self._miss_reason(tree, chain, path)] += 1
         return found
 
+    def namespaces(self) -> list[Namespace]:
+        """All that are open."""
+        return [room.tree.ns for room in self._rooms.values()]
+
+    def chains(self, ns: Namespace) -> list[list[bytes]]:
+        """See :meth:`kvpool.index.Tree.chains`."""
+        return self._room(ns, None).tree.chains()
+
     def view(self, ns: Namespace, chain: KeyChain) -> View:
         """What is resident of ``chain``, as the rules of :mod:`kvpool.match` take it; touches nothing."""
         tree = self._room(ns, chain).tree

@@ -146,6 +146,28 @@ class Tree:
         """(parent, position in tokens at the end of what the node holds); ROOT is the parent of first blocks."""
         return int(self._parent[node]), int(self._position[node])
 
+    def chains(self) -> list[list[bytes]]:
+        """The block keys of every path from a first block to a last one, what would be evicted last at the front."""
+        held = np.flatnonzero(self._resident.any(axis=0) & (self._position % self.ns.block_tokens == 0))
+        held = held[self._position[held] > 0]
+        above = np.zeros(len(self._parent), dtype=np.bool_)
+        parents = self._parent[held]
+        above[parents[parents >= 0]] = True
+        ends = held[~above[held]]
+        ranks = np.where(self._resident[:, ends], self._rank[:, ends], -np.inf).max(axis=0)
+        out = []
+        for node in ends[np.argsort(-ranks, kind="stable")].tolist():
+            path = []
+            while node != ROOT:
+                path.append(self._table.key(node))
+                node = int(self._parent[node])
+            out.append(path[::-1])
+        return out
+
+    def places_of(self, nodes: Nodes) -> tuple[list[int], list[int]]:
+        """Parents and positions of ``nodes``, as of :meth:`place_of`."""
+        return self._parent[nodes].tolist(), self._position[nodes].tolist()
+
     # -- finding ---------------------------------------------------------------------------------
 
     def find(self, keys: list[bytes]) -> Nodes:

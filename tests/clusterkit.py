@@ -44,12 +44,14 @@ def free_port() -> int:
 class Server:
     """A Valkey or Redis on loopback, without persistence. Missing is an error: `.ci/run` installs one."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, sentinel: str | None = None) -> None:
         program = shutil.which("valkey-server") or shutil.which("redis-server")
         if program is None:
             raise RuntimeError("neither valkey-server nor redis-server is installed: apt-get install redis-server")
         self.program = program
         self.arguments = arguments
+        self.sentinel = sentinel
+        """Path of a sentinel's settings: it is one, then."""
         self.port = free_port()
         self.folder = tempfile.mkdtemp(prefix="kvpool-valkey-")
         self.process: subprocess.Popen[bytes] | None = None
@@ -58,6 +60,8 @@ class Server:
     def start(self) -> None:
         command = [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.folder]
         command += ["--save", "", "--appendonly", "no", *self.arguments]
+        if self.sentinel is not None:
+            command = [self.program, self.sentinel, "--sentinel", "--port", str(self.port), "--bind", "127.0.0.1"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
@@ -83,8 +87,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(*arguments: str) -> Iterator[Server]:
-    server = Server(*arguments)
+def running(*arguments: str, sentinel: str | None = None) -> Iterator[Server]:
+    server = Server(*arguments, sentinel=sentinel)
     try:
         yield server
     finally:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+
+import msgspec
 
 from kvpool.core import PoolCore
 from kvpool.errors import DirectoryError
@@ -16,8 +19,10 @@ from kvtransport.link import Link
 
 from .announcing import Announcer
 from .directory import Directory
-from .links import parse_address
-from .members import Member, Pulse, State
+from .links import NodeLinks, parse_address
+from .members import Member, Pulse, Roster, State
+from .moving import Mover
+from .placement import Rendezvous
 from .tasks import end
 
 ANNOUNCE_S = 0.05
@@ -27,6 +32,8 @@ ROUND = 512
 ENTRY_TTL_S = 1800.0
 """Entries are forgotten after this unless said again; they are, at half of it."""
 PROBE_S = 5.0
+FAREWELL_S = 2.0
+"""For taking its entries back when it leaves; those that stay are void without it, and forgotten in time."""
 
 
 class NodeAgent:
@@ -56,11 +63,16 @@ class NodeAgent:
         self.addresses: tuple[str, ...] = ()
         self._directory: Directory | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._mover: Mover | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._config: EndpointConfig | None = None
         self.announced = 0
         self.failures = 0
+        self._ttl_s = 0.0
         core.watcher = self.announcer
         endpoint.handlers["member"] = self._on_member
         endpoint.handlers["entries"] = self._on_entries
+        endpoint.handlers["drain"] = self._on_drain
 
     @property
     def member(self) -> Member:
@@ -82,6 +94,7 @@ class NodeAgent:
             "member": self.member.encode(),
             "segments": len(self.announcer),
             "unannounced": self.announcer.pending if self._directory is not None else 0,
+            "drain": None if self._mover is None else msgspec.to_builtins(self._mover.progress),
         }
 
     async def _on_entries(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +115,8 @@ class NodeAgent:
         await self.probe(address, config)
         self.addresses = (address,)
         self._directory = directory
+        self._config = config
+        self._ttl_s = ttl_s
         pulse = Pulse(ttl_s)
         pulse.beaten(self._clock(), await directory.beat(self.member, ttl_s))
         self.announcer.again()
@@ -131,15 +146,88 @@ class NodeAgent:
                     f"another process answers at the advertised address {address}: set advertise to this node's own"
                 )
 
+    # -- draining --------------------------------------------------------------------------------
+
+    async def _on_drain(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+        """Begin to drain, or tell how far it is; with "stop" end it and take new data again."""
+        values = Args("drain", args)
+        if values.get("stop", bool, False):
+            await self.stop_drain()
+        elif self._draining is None or self._draining.done():
+            rate = values.get("bytes_per_s", (int, float, type(None)), None)
+            await self.drain(deadline_s=values.seconds("deadline_s", 300.0), bytes_per_s=rate)
+        return await self._on_member(link, args)
+
+    async def drain(self, *, deadline_s: float, bytes_per_s: float | None = None) -> None:
+        """Take nothing new, copy what is worth it to the others within ``deadline_s`` seconds, then leave; goes on in the background.
+
+        Raises ConfigError without a directory or another node, DirectoryError.
+        """
+        directory = self._directory
+        if directory is None:
+            raise ConfigError("this node is in no cluster that it could leave")
+        roster = Roster(self._ttl_s)
+        roster.update(self._clock(), await directory.snapshot())
+
+        def others() -> list[Member]:
+            return [m for m in roster.writable() if m.id != self.node and m.cluster == self._cluster]
+
+        if not others():
+            raise ConfigError(
+                f"cluster {self._cluster!r} has no other node that takes new data: what this one holds would be lost"
+            )
+        self.state = State.DRAINING
+        await directory.beat(self.member, self._ttl_s)
+        rng = random.Random(self._endpoint.incarnation)
+        links = NodeLinks(self._config or EndpointConfig(), random=rng.random, connections=2)
+        mover = self._mover = Mover(self._core, links, Rendezvous(), others, self._clock)
+
+        async def work() -> None:
+            watch = asyncio.get_running_loop().create_task(self._follow(directory, roster))
+            try:
+                deadline = self._clock() + deadline_s
+                # Clients write by a view that is a moment old.
+                await asyncio.sleep(min(self._ttl_s / 2, deadline_s / 4))
+                await mover.run(deadline=deadline, bytes_per_s=bytes_per_s)
+            finally:
+                await end([watch])
+                await links.close()
+            await self.leave()
+
+        self._draining = asyncio.get_running_loop().create_task(work(), name="cluster drain")
+
+    async def stop_drain(self) -> None:
+        """End a drain in progress; the node takes new data again."""
+        if self._draining is not None:
+            await end([self._draining])
+            self._draining = None
+        if self._mover is not None:
+            self._mover.progress.running = False
+        self.state = State.UP
+
+    async def _follow(self, directory: Directory, roster: Roster) -> None:
+        while True:
+            await asyncio.sleep(self._ttl_s / 3)
+            try:
+                roster.update(self._clock(), await directory.snapshot())
+            except DirectoryError:
+                roster.failed()
+
     async def leave(self) -> None:
         """Stop announcing and leave the directory, as far as it can be reached."""
+        if self._draining is not None and self._draining is not asyncio.current_task():
+            await end([self._draining])
         await end(self._tasks)
         self._tasks = []
-        if self._directory is not None:
-            with suppress(DirectoryError):
-                await self._directory.leave(self.member)
-            await self._directory.close()
-            self._directory = None
+        directory, self._directory = self._directory, None
+        if directory is not None:
+            with suppress(DirectoryError, TimeoutError):
+                async with asyncio.timeout(FAREWELL_S):
+                    await directory.leave(self.member)
+                    names = self.announcer.names
+                    for at in range(0, len(names), ROUND):
+                        await directory.announce(self.node, dict.fromkeys(names[at : at + ROUND]), ENTRY_TTL_S)
+            await directory.close()
 
     async def _beat(self, directory: Directory, pulse: Pulse) -> None:
         while True:

@@ -28,6 +28,11 @@ class Announcer:
         return len(self._drafts)
 
     @property
+    def names(self) -> list[bytes]:
+        """Keys of the segments that hold something."""
+        return list(self._drafts)
+
+    @property
     def pending(self) -> int:
         """Segments whose change has not been announced."""
         return len(self._dirty)
@@ -35,30 +40,38 @@ class Announcer:
     # -- watching --------------------------------------------------------------------------------
 
     def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None:
-        firsts: dict[int, int] = {}
-        for node in nodes.tolist():
-            self._change(tree, unit, node, True, firsts)
+        self._change(tree, unit, nodes, True)
 
     def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None:
-        firsts: dict[int, int] = {}
-        for node in nodes.tolist():
-            self._change(tree, unit, node, False, firsts)
+        self._change(tree, unit, nodes, False)
 
-    def _change(self, tree: Tree, unit: int, node: int, there: bool, firsts: dict[int, int]) -> None:
+    def _change(self, tree: Tree, unit: int, nodes: Nodes, there: bool) -> None:
         step = tree.ns.block_tokens
-        parent, position = tree.place_of(node)
-        offset = position % step
-        at = parent if offset else node  # an off-grid checkpoint hangs on the block before it
-        if at == ROOT:
-            return  # inside the very first block: shorter than anything worth finding
-        block = position // step - 1
-        first = self._first(tree, at, block, firsts)
-        name = segment_key(tree.ns, tree.key(unit, first))
+        firsts: dict[int, int] = {}
+        drafts: dict[int, Draft] = {}
+        parents, positions = tree.places_of(nodes)
+        for node, parent, position in zip(nodes.tolist(), parents, positions, strict=True):
+            offset = position % step
+            at = parent if offset else node  # an off-grid checkpoint hangs on the block before it
+            if at == ROOT:
+                continue  # inside the very first block: shorter than anything worth finding
+            block = position // step - 1
+            # Nodes of a path come one after the other: mostly the parent was the last one.
+            first = firsts[at] = (firsts.get(parent) if block % SEGMENT_BLOCKS else at) or self._first(
+                tree, at, block, firsts
+            )
+            draft = drafts.get(first)
+            if draft is None:
+                draft = drafts[first] = self._draft(segment_key(tree.ns, tree.key(unit, first)))
+            draft.set(block % SEGMENT_BLOCKS, offset, tree.key(unit, node), unit, there)
+
+    def _draft(self, name: bytes) -> Draft:
+        """The entry of a segment that is about to change."""
+        self._dirty[name] = None
         draft = self._drafts.get(name)
         if draft is None:
             draft = self._drafts[name] = Draft()
-        draft.set(block % SEGMENT_BLOCKS, offset, tree.key(unit, node), unit, there)
-        self._dirty[name] = None
+        return draft
 
     @staticmethod
     def _first(tree: Tree, node: int, block: int, firsts: dict[int, int]) -> int:

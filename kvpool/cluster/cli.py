@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from kvpool.security import client_config
@@ -67,6 +69,7 @@ async def status_of(pool: ClusterPool) -> dict[str, Any]:
                 "transfers": None if answer is None else answer.get("transfers"),
                 "segments": mine.get("segments"),
                 "unannounced": mine.get("unannounced"),
+                "drain": mine.get("drain"),
             }
         )
     return {
@@ -115,6 +118,9 @@ def status(
             name, justify="left" if name in ("cluster", "node", "state") else "right", no_wrap=name == "memory"
         )
     for node in body["nodes"]:
+        state = node["state"]
+        if node["drain"] and node["drain"]["running"]:
+            state += f" {node['drain']['done']:,}/{node['drain']['chains']:,}"
         named = node["node"] if node["node"] == node["address"] else f"{node['node']}\n{node['address']}"
         segments = "-" if node["segments"] is None else f"{node['segments']:,}"
         if node["unannounced"]:
@@ -122,10 +128,84 @@ def status(
         table.add_row(
             node["cluster"],
             named,
-            node["state"] if node["answers"] else f"[red]{node['state']}, no answer",
+            state if node["answers"] else f"[red]{state}, no answer",
             f"{human(node['used_bytes'])} of {human(node['capacity_bytes'])}",
             segments,
             "-" if node["transfers"] is None else f"{node['transfers']:,}",
         )
     out.print(table)
     write_json(json_to, body)
+
+
+DRAIN_HELP = """Move what a node holds to the others, within a deadline and a bandwidth, and let it leave the cluster.
+
+The node goes on by itself when this command is interrupted; the same command looks again, --stop takes it back.
+
+Examples:
+
+  kvpool drain east-1 -d valkey://127.0.0.1:6379 --deadline 600 --gbps 10
+
+  kvpool drain east-1 -d valkey://127.0.0.1:6379 --stop
+"""
+GBPS = 1e9 / 8
+
+
+def drain(
+    node: Annotated[str, typer.Argument(help="Id of the node")],
+    directory: Target,
+    deadline: Annotated[float, typer.Option(help="Seconds; what is left then is left to be missed", min=1)] = 300.0,
+    gbps: Annotated[
+        float | None, typer.Option(help="Bandwidth it may take, 1e9 bits a second [all]", min=0.001)
+    ] = None,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End a drain in progress; the node takes new data again")
+    ] = False,
+    insecure: Insecure = False,
+    ca: Annotated[Path | None, typer.Option("--ca", envvar="KVPOOL_CA", help="As in kvpool cluster status")] = None,
+    certificate: Annotated[Path | None, typer.Option("--certificate", envvar="KVPOOL_CERTIFICATE")] = None,
+    key: Annotated[Path | None, typer.Option("--key", envvar="KVPOOL_KEY")] = None,
+    token: Annotated[Path | None, typer.Option("--token", envvar="KVPOOL_TOKEN")] = None,
+    json_to: JsonTo = None,
+) -> None:
+    config = client_config(
+        name="kvpool", insecure=insecure, authority=ca, certificate=certificate, key=key, token=token
+    )
+    err = Console(stderr=True)
+
+    async def work() -> dict[str, Any]:
+        async with await open_cluster(directory, config) as pool:
+            member = pool.roster.members.get(node)
+            if member is None:
+                raise ConfigError(f"there is no node {node!r}; there are {', '.join(sorted(pool.roster.members))}")
+            client = await pool.links.client(member)
+            args: dict[str, Any] = {"stop": True} if stop else {"deadline_s": deadline}
+            if gbps is not None and not stop:
+                args["bytes_per_s"] = gbps * GBPS
+            answer = await client.link.call("drain", args)
+            with RichProgress(console=err, transient=True) as bar:
+                task = bar.add_task(f"draining {node}", total=None)
+                while not stop and answer["drain"] is not None and not answer["drain"]["finished"]:
+                    await asyncio.sleep(0.2)
+                    answer = await client.link.call("member")
+                    bar.update(task, total=answer["drain"]["chains"] or None, completed=answer["drain"]["done"])
+            return dict(answer["drain"] or {})
+
+    body = asyncio.run(work())
+    from kvpool.cli import human
+
+    out = console(json_to)
+    if stop:
+        out.print(f"{node} takes new data again")
+    else:
+        out.print(
+            f"{node} is drained and has left: {human(body['moved_bytes'])} moved, {body['skipped']:,} of {body['chains']:,} chains were "
+            f"there already, {body['failed']:,} failed, {body['left']:,} left behind"
+            + (f" ({body['note']})" if body["note"] else "")
+        )
+    write_json(json_to, body)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the cluster's commands to ``app``."""
+    app.add_typer(cluster, name="cluster")
+    app.command("drain", help=DRAIN_HELP)(drain)

@@ -152,9 +152,7 @@ def open_directory(
             return ValkeyDirectory(_sentinel(redis, parts.netloc, parts.path, options), name=name, entropy=entropy)
         if scheme.startswith("cluster"):
             plain = urlunsplit(("rediss" if scheme == "clusters" else "redis", parts.netloc, parts.path, rest, ""))
-            client: Any = redis.RedisCluster.from_url(
-                plain, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, cluster_error_retry_attempts=1
-            )
+            client: Any = redis.RedisCluster.from_url(plain, **{**options, "retry": Retry(NoBackoff(), 1)})
         else:
             client = redis.Redis.from_url(urlunsplit((scheme, parts.netloc, parts.path, rest, "")), **options)
     except ValueError as error:

@@ -347,6 +347,92 @@ async def test_a_draining_node_takes_nothing_new(world):
     assert world.nodes["n1"].core.stat()["used_bytes"] == 0
 
 
+@pytest.mark.parametrize("kind", ["embedded", "valkey"])
+async def test_drain_under_load_loses_nothing(kind, server):
+    """While a node is drained, clients go on; when it has left, everything it held is found elsewhere."""
+    server.command("FLUSHALL")
+    world = World(kind, server)
+    for name in ("n1", "n2", "n3"):
+        await world.node(name)
+    pool = await world.pool()
+    ns = await pool.namespace(CUT, STEP)
+    whole = await pool.namespace(WINDOWS, STEP)
+    prompts = [tokens(SEGMENT * 3, seed) for seed in range(5)]
+    windows = [tokens(SEGMENT + 100, seed) for seed in range(50, 54)]
+    boundary = SEGMENT * 2 + 96
+    for prompt in prompts:
+        await put(pool, ns, prompt, boundary, checkpoints=(48, SEGMENT))
+    for prompt in windows:
+        await put(pool, whole, prompt, SEGMENT + 64, checkpoints=(160,))
+    await world.settled()
+    held = world.nodes["n1"].core.stat()["used_bytes"]
+    assert held
+    await world.nodes["n1"].agent.drain(deadline_s=30)
+    draining = world.nodes["n1"].agent._draining
+    later = []
+    async with asyncio.timeout(30):
+        while not draining.done():
+            for prompt in prompts:
+                await get(pool, ns, prompt, boundary)
+            later.append(tokens(SEGMENT * 2, 1000 + len(later)))
+            await put(pool, ns, later[-1], SEGMENT + 64)
+    progress = world.nodes["n1"].agent._mover.progress
+    assert progress.finished
+    assert (progress.failed, progress.left) == (0, 0)
+    assert progress.moved_bytes > 0
+    async with asyncio.timeout(5):
+        while "n1" in pool.roster.members:
+            await asyncio.sleep(0.02)
+    await world.settled()
+    await world.nodes.pop("n1").stop()
+    for prompt in prompts:
+        assert (await pool.match(ns, KeyChain(ns, prompt))).restorable == (48, SEGMENT, boundary)
+        for length in (48, SEGMENT, boundary):
+            await get(pool, ns, prompt, length)
+    for prompt in windows:
+        assert (await pool.match(whole, KeyChain(whole, prompt))).restorable == (160, SEGMENT + 64)
+        await get(pool, whole, prompt, SEGMENT + 64)
+    for prompt in later:
+        await get(pool, ns, prompt, SEGMENT + 64)
+    await world.close()
+
+
+@pytest.mark.parametrize("world", ["embedded", "valkey"], indirect=True)
+async def test_a_drain_keeps_its_deadline_and_bandwidth_and_can_be_taken_back(world):
+    pool = await world.pool(cluster="a")
+    ns = await pool.namespace(CUT, STEP)
+    prompts = [tokens(SEGMENT * 2, seed) for seed in range(6)]
+    for prompt in prompts:
+        await put(pool, ns, prompt, SEGMENT + 64)
+    await world.settled()
+    agent = world.nodes["n1"].agent
+    await agent.drain(deadline_s=1.0, bytes_per_s=20_000)
+    async with asyncio.timeout(5):
+        while "n1" in pool.roster.members and pool.roster.members["n1"].state is State.UP:
+            await asyncio.sleep(0.02)
+    await agent.stop_drain()
+    async with asyncio.timeout(5):
+        while pool.roster.members["n1"].state is not State.UP:
+            await asyncio.sleep(0.02)
+    for prompt in prompts:
+        await get(pool, ns, prompt, SEGMENT + 64)
+    begin = time.monotonic()
+    await agent.drain(deadline_s=1.0, bytes_per_s=20_000)
+    async with asyncio.timeout(10):
+        await asyncio.wait([agent._draining])
+    assert 0.8 < time.monotonic() - begin < 6
+    assert agent._mover.progress.left > 0
+    assert "deadline" in agent._mover.progress.note
+    async with asyncio.timeout(5):
+        while "n1" in pool.roster.members:
+            await asyncio.sleep(0.02)
+    lonely = world.nodes["n3"].agent  # alone in its cluster
+    with pytest.raises(ConfigError, match="no cluster"):
+        await agent.drain(deadline_s=1.0)
+    with pytest.raises(ConfigError, match="has no other node"):
+        await lonely.drain(deadline_s=1.0)
+
+
 async def test_an_empty_cluster_says_so(server):
     server.command("FLUSHALL")
     with pytest.raises(NoNodeError, match="no node"):
@@ -507,3 +593,41 @@ async def test_acls_by_url():
         good = open_directory(f"valkey://:hunter2@127.0.0.1:{server.port}", timeout_s=1.0)
         assert (await good.snapshot()).members == ()
         await good.close()
+
+
+# -- the other ways to run a Valkey ----------------------------------------------------------------------
+
+
+async def use(directory: Directory) -> None:
+    """Join, write, find and read through a directory."""
+    node = await Node("n1").start(directory)
+    links = NodeLinks(EndpointConfig(), random=random.random)
+    policy, whole = open_placement("segments", None, None)
+    pool = ClusterPool(directory, links, placement=policy, whole_chains=whole, ttl_s=TTL_S, answer_s=2.0)
+    await pool.start()
+    ns = await pool.namespace(CUT, STEP)
+    prompt = tokens(SEGMENT * 3)
+    await put(pool, ns, prompt, SEGMENT * 2 + 64)
+    await node.announced()
+    assert (await pool.match(ns, KeyChain(ns, prompt))).length == SEGMENT * 2 + 64
+    await get(pool, ns, prompt, SEGMENT * 2 + 64)
+    assert not pool.roster.frozen(pool._now())
+    await node.stop()
+    await pool.close()
+
+
+async def test_valkey_cluster():
+    with running("--cluster-enabled", "yes") as server:
+        assert "OK" in server.command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+        async with asyncio.timeout(10):
+            while "cluster_state:ok" not in server.command("CLUSTER", "INFO"):
+                await asyncio.sleep(0.05)
+        await use(open_directory(f"valkey+cluster://127.0.0.1:{server.port}", timeout_s=2.0))
+
+
+async def test_sentinel(tmp_path):
+    with running() as master:
+        config = tmp_path / "sentinel.conf"
+        config.write_text(f"sentinel monitor pool 127.0.0.1 {master.port} 1\n")
+        with running(sentinel=str(config)) as sentinel:
+            await use(open_directory(f"valkey+sentinel://127.0.0.1:{sentinel.port}/pool", timeout_s=2.0))

@@ -148,6 +148,32 @@ async def test_daemons_join_serve_and_leave(world):
     await no_tasks_left()
 
 
+async def test_drain_by_command(world):
+    server, daemons = world
+    url = f"valkey://127.0.0.1:{server.port}?name=processes"
+    async with await connect(server, cluster="east") as pool:
+        ns = await pool.namespace(CUT, STEP)
+        prompts = [tokens(SEGMENT * 2, seed) for seed in range(5)]
+        for prompt in prompts:
+            await put(pool, ns, prompt, SEGMENT + 64)
+        loop = asyncio.get_running_loop()
+        done = await loop.run_in_executor(None, cli, "drain", "n1", "-d", url, "--deadline", "20", "--json", "-")
+        assert done.returncode == 0, done.stderr
+        body = json.loads(done.stdout)
+        assert body["finished"]
+        assert body["chains"] > 0
+        assert (body["failed"], body["left"]) == (0, 0)
+        assert "n1 is drained and has left" in done.stderr
+        await until(lambda: "n1" not in pool.roster.members, 3)
+        assert daemons["n1"].end() == 0
+        for prompt in prompts:
+            await get(pool, ns, prompt, SEGMENT + 64)
+    nobody = await loop.run_in_executor(None, cli, "drain", "n9", "-d", url)
+    assert nobody.returncode == 2
+    assert "there are n2, n3" in nobody.stderr
+    await no_tasks_left()
+
+
 async def test_kill_and_restart(world):
     server, daemons = world
     async with await connect(server) as pool:

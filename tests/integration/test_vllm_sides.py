@@ -362,7 +362,8 @@ def test_an_engine_that_cannot_listen_does_not_start():
 
 def test_a_wrong_token_is_refused():
     with pair(
-        prefill={"token": "a wrong one of 16 bytes", "connect_deadline_s": 1}, decode={"token": "the right one of 16 bytes", "receive_deadline_s": 1}
+        prefill={"token": "a wrong one of 16 bytes", "connect_deadline_s": 1},
+        decode={"token": "the right one of 16 bytes", "receive_deadline_s": 1},
     ) as both:
         send, receive = both.requests("r", TOKENS)
         both.decode.expect(receive)

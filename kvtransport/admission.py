@@ -16,7 +16,7 @@ from .flow.gate import Gate, Pacer
 from .identity import Identity
 from .io.base import ByteStream, Network
 from .io.tcp import TcpNetwork
-from .io.tls import TlsNetwork, TlsStream
+from .io.tls import TlsNetwork
 from .tls import identity_of, reloading_credentials
 from .wire.bodies import Hello
 
@@ -102,7 +102,7 @@ class Admission:
         if self._config.tokens is not None and hello.token is not None:
             binding = _binding(stream)
             return self._config.tokens.check(hello.token, binding=binding, link=hello.link, index=hello.index)
-        certificate = stream.peer_certificate if isinstance(stream, TlsStream) else None
+        certificate = stream.session.peer_certificate if stream.session is not None else None
         if certificate is not None:
             try:
                 return identity_of(certificate)
@@ -117,14 +117,14 @@ class Admission:
 
 
 def _binding(stream: ByteStream) -> bytes:
-    if not isinstance(stream, TlsStream):
+    if stream.session is None:
         return NO_BINDING
-    if stream.channel_binding is None:
+    if stream.session.channel_binding is None:
         raise ConfigError(
             "a token is bound to the TLS session, which this Python's ssl cannot do: build the native extension "
             "(and install OpenSSL 3), or use a client certificate"
         )
-    return stream.channel_binding
+    return stream.session.channel_binding
 
 
 def is_loopback(host: str) -> bool:

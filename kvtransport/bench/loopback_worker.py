@@ -110,13 +110,13 @@ class SenderEnd(Worker):
         self.link = await self.endpoint.connect(
             self.config["host"], self.config["port"], connections=self.config["connections"]
         )
-        stream = self.link.connections[0].stream
+        session = self.link.connections[0].stream.session
         say(
             {
                 "event": "started",
                 "congestion": congestion_of_link(self.link),
-                "cipher": getattr(stream, "cipher", ""),
-                "kernel_tls": getattr(stream, "kernel", False),
+                "cipher": "" if session is None else session.cipher,
+                "kernel_tls": session is not None and session.kernel,
             }
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..buffers import PageList
@@ -21,11 +22,26 @@ class BrokenStreamError(OSError):
         self.cause = cause
 
 
+@dataclass(frozen=True, slots=True)
+class TlsSession:
+    """What a TLS handshake agreed on."""
+
+    peer_certificate: bytes | None
+    """The peer's verified certificate, DER; None: it showed none."""
+    channel_binding: bytes | None
+    """32 bytes that only the two ends know (RFC 9266); None where the implementation has no exporter."""
+    cipher: str
+    kernel: bool
+    """Whether the kernel seals what is sent (kTLS)."""
+
+
 class ByteStream(Protocol):
     """One connected, non-blocking, reliable byte stream. Belongs to one event loop."""
 
     peer: str
     local: str
+    session: TlsSession | None
+    """None: what passes can be read on its way."""
 
     def send(self, head: bytes, pages: PageList | None, start: int) -> int:
         """Send on from byte ``start`` of ``head ++ pages``.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from ..buffers import PageList, copy_pages
 from ..errors import ConfigError, ConnectError
+from .base import TlsSession
 
 CAPACITY = 256 * 1024
 """Bytes a direction holds before the sender would block."""
@@ -42,6 +43,7 @@ class MemoryStream:
         self._in = into
         self.local = local
         self.peer = peer
+        self.session: TlsSession | None = None
         self.other: MemoryStream | None = None
         self._readable: Callable[[], None] | None = None
         self._writable: Callable[[], None] | None = None

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from ..buffers import PageList, recv_pages, send_pages
 from ..errors import ConfigError, ConnectError
 from ..flow.gate import Pacer
+from .base import TlsSession
 
 _TCP_INFO = getattr(socket, "TCP_INFO", 11)
 _RTT_OFFSET = 68  # tcpi_rtt in struct tcp_info (linux/tcp.h): 8 bytes of flags, then 32-bit words; rtt is the 16th
@@ -56,6 +57,7 @@ class TcpStream:
         self.step_bytes = options.step_bytes
         self._reading = False
         self._writing = False
+        self.session: TlsSession | None = None
         self.gone: asyncio.Future[None] = loop.create_future()
         self._last_word: asyncio.TimerHandle | None = None
         self.peer = _address(sock.getpeername())

@@ -18,7 +18,7 @@ from ..errors import ConfigError, ConnectError, Fault, KVError, TlsError
 from ..flow.gate import Gate, Pacer
 from ..reloading import Reloading
 from ..tls import Credentials, implementation
-from .base import BrokenStreamError
+from .base import BrokenStreamError, TlsSession
 from .tcp import LAST_WORD_S, TcpListener, TcpNetwork, TcpStream, address_of
 
 CLIENT_ALERTS = (42, 43, 44, 45, 46, 48, 49, 116)
@@ -59,27 +59,9 @@ class TlsStream:
         self._closed = False
         self.peer = tcp.peer
         self.local = tcp.local
-
-    # -- who is there --------------------------------------------------------------------------
-
-    @property
-    def peer_certificate(self) -> bytes | None:
-        """The peer's verified certificate, DER; None: it showed none."""
-        return self._engine.peer_certificate
-
-    @property
-    def channel_binding(self) -> bytes | None:
-        """RFC 9266, 32 bytes; None where the implementation has no exporter."""
-        return self._engine.channel_binding
-
-    @property
-    def cipher(self) -> str:
-        return self._engine.cipher or ""
-
-    @property
-    def kernel(self) -> bool:
-        """Whether the kernel seals what is sent (kTLS)."""
-        return self._engine.kernel
+        self.session: TlsSession | None = TlsSession(
+            engine.peer_certificate, engine.channel_binding, engine.cipher or "", engine.kernel
+        )
 
     # -- bytes ---------------------------------------------------------------------------------
 

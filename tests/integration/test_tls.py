@@ -24,7 +24,6 @@ from kvtransport.errors import (
     TlsError,
 )
 from kvtransport.identity import Identity, Token, TokenStore, load_tokens
-from kvtransport.io.tls import TlsStream
 from kvtransport.receiver import Expectation
 from kvtransport.tls import TlsConfig, load_credentials
 
@@ -67,7 +66,7 @@ async def test_a_transfer_over_tls_both_ways(pki, native, monkeypatch, make_mani
         link = await here.connect(*address, connections=3)
         back = there.links[0]
         assert back.identity == Identity("certificate", "alice", "acme")
-        assert all(isinstance(c.stream, TlsStream) for c in link.connections)
+        assert all(c.stream.session is not None for c in link.connections)
         for sender, receiver in ((link, there), (back, here)):
             manifest = make_manifest(3000)
             cache, blank = make_cache(manifest, page_bytes=2304), make_cache(manifest, page_bytes=2304, blank=True)
@@ -307,7 +306,7 @@ async def test_certificates_are_read_again(pki, tmp_path, monkeypatch):
         first = await here.connect(*address, connections=1)
 
         def serial(link) -> bytes:
-            return link.connections[0].stream.peer_certificate
+            return link.connections[0].stream.session.peer_certificate
 
         # half of it: the key alone
         good = (tmp_path / "n1.key").read_bytes()

@@ -59,6 +59,7 @@ class SimStream:
         self.network = network
         self.local = self.name = name
         self.peer = ""
+        self.session = None
         self.process = process
         self.out = out
         self.into = into

@@ -64,7 +64,11 @@ class PoolClient:
         return ns
 
     async def match(self, ns: Namespace, chain: KeyChain, limit: int | None = None) -> Match:
-        return match_from_wire(await self.link.call("match", self._about(ns, chain, limit=limit)))
+        args = self._about(ns, chain, keys=True, limit=limit, asks_again=not chain.opaque)
+        reply = await self.link.call("match", args)
+        if reply.get("again"):
+            reply = await self.link.call("match", self._about(ns, chain, limit=limit))
+        return match_from_wire(reply)
 
     async def explain(self, ns: Namespace, chain: KeyChain) -> Explanation:
         return explanation_from_wire(await self.link.call("explain", self._about(ns, chain)))
@@ -74,7 +78,9 @@ class PoolClient:
         return hints_from_wire(await self.link.call("checkpoint_hints", args))
 
     async def lease(self, ns: Namespace, chain: KeyChain, length: int, seconds: float) -> LeaseInfo:
-        reply = await self.link.call("lease", self._about(ns, chain, length=length, seconds=seconds))
+        reply = await self.link.call(
+            "lease", self._about(ns, chain, keys=not length % ns.block_tokens, length=length, seconds=seconds)
+        )
         return LeaseInfo(int(reply["lease"]), length, seconds)
 
     async def release(self, lease_id: int) -> None:
@@ -129,7 +135,14 @@ class PoolClient:
         wanted = Expectation(grant, layout=ns.layout, block_tokens=ns.block_tokens, deadline_s=deadline_s)
         receiver = self._endpoint.expect(transfer, wanted, link=self.link)
         args = self._about(
-            ns, chain, boundary=boundary, start=start, request=request, transfer=transfer, deadline_s=deadline_s
+            ns,
+            chain,
+            keys=not boundary % ns.block_tokens,
+            boundary=boundary,
+            start=start,
+            request=request,
+            transfer=transfer,
+            deadline_s=deadline_s,
         )
         try:
             await self.link.call("get", args, timeout_s=deadline_s + ANSWER_S)
@@ -228,8 +241,12 @@ class PoolClient:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _about(self, ns: Namespace, chain: KeyChain | None, **more: Any) -> dict[str, Any]:
-        return {"ns": self._names.get(ns.id, ns.id), "chain": chain_to_wire(chain), **more}
+    def _about(self, ns: Namespace, chain: KeyChain | None, *, keys: bool = False, **more: Any) -> dict[str, Any]:
+        return {
+            "ns": self._names.get(ns.id, ns.id),
+            "chain": chain_to_wire(chain, keys=keys),
+            **more,
+        }
 
 
 async def connect(host: str, port: int, *, connections: int = 4, config: EndpointConfig | None = None) -> PoolClient:

@@ -46,6 +46,10 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """File of the tokens that clients may show instead of a certificate, one a line; "kvpool token" makes one."""
     insecure: bool = False
     """Allow listening beyond loopback without encryption and authentication."""
+    metrics_port: int | None = None
+    """Port for Prometheus (GET /metrics, plain HTTP); 0 takes any free one, none is served without. Needs the metrics extra."""
+    metrics_host: str = "127.0.0.1"
+    """Address to serve metrics on: whoever reaches it reads them."""
     grace_s: float = 10.0
     """Seconds that transfers in progress get after SIGTERM."""
     keepalive_s: float = 5.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtransport.errors import KVError
-from kvtransport.layout import CacheLayout, Extent
+from kvtransport.layout import CacheLayout, Extent, GroupKind
 
 from .admission import CheckpointHints, hints_of_view
 from .arena import BlockClass, PageArena, Slab, Slabs
@@ -82,6 +82,7 @@ class PoolCore:
         self._deadlines = Deadlines()
         self._counts: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
+        self._reach: dict[str, Counter[str]] = {}
 
     # -- namespaces and lookups --------------------------------------------------------------------
 
@@ -123,6 +124,7 @@ class PoolCore:
             tree.touch(tree.select(path, found.length, self._tail(tree, chain, path, found.length)))
         else:
             self._misses[self._miss_reason(tree, chain, path)] += 1
+        self._count_reach(tree, chain, path, found)
         return found
 
     def namespaces(self) -> list[Namespace]:
@@ -132,6 +134,24 @@ class PoolCore:
     def chains(self, ns: Namespace) -> list[list[bytes]]:
         """See :meth:`kvpool.index.Tree.chains`."""
         return self._room(ns, None).tree.chains()
+
+    def _count_reach(self, tree: Tree, chain: KeyChain, path: Nodes, found: Match) -> None:
+        """For the statistics: how far each group reaches, and in a word what ends it (:meth:`explain` says more)."""
+        step = tree.ns.block_tokens
+        for group, rule in enumerate(tree.rules):
+            counts = self._reach.setdefault(f"{tree.ns.layout.model}/{rule.name}", Counter())
+            reach = found.reach[rule.name]
+            counts["asked_tokens"] += found.limit
+            counts["reached_tokens"] += reach
+            missing = len(path) if rule.kind is GroupKind.RECURRENT else reach // step
+            if reach >= found.limit // step * step:
+                counts[Reason.COMPLETE] += 1
+            elif rule.kind is GroupKind.RECURRENT and reach < len(path) * step:
+                counts[Reason.NO_CHECKPOINT] += 1
+            elif tree.ghost(group, chain.blocks[missing]) is not None:
+                counts[Reason.EVICTED] += 1
+            else:
+                counts[Reason.NEVER_STORED] += 1
 
     def view(self, ns: Namespace, chain: KeyChain) -> View:
         """What is resident of ``chain``, as the rules of :mod:`kvpool.match` take it; touches nothing."""
@@ -189,6 +209,11 @@ class PoolCore:
             off_grid=not chain.opaque,
             insists=insists,
         )
+
+    def has_off_grid(self, ns: Namespace, chain: KeyChain) -> bool:
+        """Whether a checkpoint off the grid lies along the known part of ``chain``."""
+        tree = self._room(ns, chain).tree
+        return tree.has_tails and tree.tails_along(tree.find(chain.blocks))
 
     # -- putting -----------------------------------------------------------------------------------
 
@@ -464,6 +489,14 @@ class PoolCore:
             "ghosts": len(self._ghosts),
             "counters": dict(self._counts),
             "misses": dict(self._misses),
+            "reach": {
+                group: {
+                    "asked_tokens": counts["asked_tokens"],
+                    "reached_tokens": counts["reached_tokens"],
+                    "ended_by": {str(reason): counts[reason] for reason in Reason if counts[reason]},
+                }
+                for group, counts in self._reach.items()
+            },
             "evictions": dict(self.memory.evictions),
         }
 

@@ -22,6 +22,7 @@ from .arena import PageArena
 from .cluster.agent import NodeAgent
 from .config import DaemonConfig, load, parse_size
 from .core import PoolCore
+from .metrics import Metrics, MetricsServer
 from .security import RefusalReport
 from .server import PoolServer
 
@@ -66,6 +67,9 @@ def serve(
     advertise: Annotated[
         str | None, typer.Option(help="HOST:PORT under which others reach it (default: where it listens)")
     ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Port for Prometheus (GET /metrics), 0 for any free one [off]")
+    ] = None,
     grace_s: Annotated[float | None, typer.Option(help="Seconds for transfers in progress after SIGTERM [10]")] = None,
 ) -> None:
     """Keep KVCache for reuse: the pool's daemon.
@@ -82,7 +86,7 @@ def serve(
             "tokens": tokens,
         }
         joining = {"join": join, "node": node, "cluster": cluster, "advertise": advertise}
-        settings = load(config, {**given, "insecure": insecure, "grace_s": grace_s, **joining})
+        settings = load(config, {**given, "insecure": insecure, "grace_s": grace_s, "metrics_port": metrics_port, **joining})
         clean = _run(run(settings))
     except KVError as error:
         print(f"kvpoold: {error.message}", file=sys.stderr)
@@ -129,6 +133,10 @@ async def run(config: DaemonConfig) -> bool:
     agent = NodeAgent(
         endpoint, core, node=config.node, cluster=config.cluster, capacity=config.memory_bytes, clock=time.monotonic
     )
+    served: MetricsServer | None = None
+    if config.metrics_port is not None:
+        server.metrics = Metrics(server.stat)
+        served = MetricsServer(server.metrics)
     stops = Stops(loop)
     # What was imported stays: full collections need not look at it again, and pause for what came since only.
     gc.collect()
@@ -137,6 +145,9 @@ async def run(config: DaemonConfig) -> bool:
         host, port = await endpoint.listen(config.host, config.port)
         for note in [*arena.info.notes, *_security(endpoint, config)]:
             print(f"kvpoold: note: {note}", file=sys.stderr)
+        if served is not None:
+            where = await served.listen(config.metrics_host, config.metrics_port or 0)
+            print(f"kvpoold: metrics on http://{where[0]}:{where[1]}/metrics", file=sys.stderr, flush=True)
         print(f"kvpoold listening on {host}:{port}, {arena.info.nbytes} bytes", flush=True)
         await _join(agent, config, f"{host}:{port}", endpoint_config)
         await stops.first.wait()
@@ -153,6 +164,8 @@ async def run(config: DaemonConfig) -> bool:
     finally:
         stops.close()
         await agent.leave()
+        if served is not None:
+            await served.close()
         await server.close()
         await endpoint.close()
         pages.close()

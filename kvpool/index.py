@@ -207,6 +207,15 @@ class Tree:
                         tails.append(Tail(position, tuple(bool(self._resident[u, node]) for u in self.unit_of)))
         return View(self.ns.block_tokens, self.rules, resident, tuple(tails))
 
+    @property
+    def has_tails(self) -> bool:
+        """Whether there is any off-grid checkpoint."""
+        return bool(self._tails)
+
+    def tails_along(self, path: Nodes) -> bool:
+        """Whether off-grid checkpoints hang on ``path``, or on the root."""
+        return ROOT in self._tails or bool(self._with_tails[path].any())
+
     def select(self, path: Nodes, length: int, tail: int | None) -> Selection:
         """What restoring ``length`` tokens needs; ``tail`` is the node of an off-grid length."""
         blocks = length // self.ns.block_tokens

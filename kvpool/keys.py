@@ -162,6 +162,21 @@ class KeyChain:
             raise KeyChainError(f"tokens are 4 bytes each, got {len(data)} bytes")
         return cls(ns, np.frombuffer(data, dtype="<u4"), extra)
 
+    @classmethod
+    def of_packed(cls, ns: Namespace, keys: bytes, tokens: int) -> KeyChain:
+        """A chain of keys of 32 bytes, one after another, for looking up at block boundaries. Raises KeyChainError.
+
+        Opaque like one of engine hashes, which these may be or may not be: whoever asks knows them.
+        """
+        chain = cls(ns)
+        if not 0 <= tokens <= MAX_CHAIN_TOKENS or len(keys) != tokens // ns.block_tokens * 32:
+            raise KeyChainError(
+                f"{tokens} tokens in blocks of {ns.block_tokens} do not go with {len(keys)} bytes of keys of 32 bytes"
+            )
+        chain._blocks = [keys[at : at + 32] for at in range(0, len(keys), 32)]
+        chain._opaque_tokens = tokens
+        return chain
+
     def extend(self, tokens: Tokens) -> None:
         """Append tokens; costs the hashing of the new ones only."""
         if self._opaque_tokens is not None:

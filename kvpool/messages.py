@@ -16,29 +16,41 @@ from .keys import KeyChain, Namespace
 from .match import Explanation, GroupReach, Match, Reason
 
 MAX_TIMEOUT_S = 3_600.0
+KEY_BYTES = 32
 INLINE_BYTES = 64 << 10
 """Objects of a call that are no more than this together travel in it, or in its answer: a transfer would take more turns."""
 
 
-def chain_to_wire(chain: KeyChain | None) -> dict[str, Any] | None:
-    """The keys, and what off-grid keys are made of; None stays None."""
+def chain_to_wire(chain: KeyChain | None, *, keys: bool = False) -> dict[str, Any] | None:
+    """The tokens that keys are made of, or an engine's own hashes; None stays None.
+
+    ``keys``: instead of tokens only the keys of full blocks, which is all that looking up at block boundaries needs: the other
+    side need not hash 128K tokens again.
+    """
     if chain is None:
         return None
+    if keys and all(len(k) == KEY_BYTES for k in (chain.blocks if chain.opaque else ())):
+        return {"packed": b"".join(chain.blocks), "count": chain.tokens}
     if chain.opaque:
         return {"hashes": list(chain.blocks), "count": chain.tokens}
     return {"tokens": chain.token_bytes, "extra": chain.extra}
 
 
-def chain_from_wire(ns: Namespace, body: object) -> KeyChain | None:
+def chain_from_wire(ns: Namespace, body: object, *, stores: bool = False) -> KeyChain | None:
     """Inverse of :func:`chain_to_wire` for a body from a peer; raises KeyChainError or ProtocolError.
 
-    Keys of tokens are computed here, not taken from the peer: what a client can address is what it can name
-    the tokens of.
+    ``stores``: only keys that are computed here from tokens, or are an engine's own, so that nothing is ever stored under a
+    key that is not that of its tokens. Looking up by a wrong one finds nothing, or what the tenant's own hashes would find.
     """
     if body is None:
         return None
     if not isinstance(body, dict):
         raise ProtocolError(f"a key chain is a map, got {type(body).__name__}")
+    if "packed" in body and not stores:
+        packed, count = body["packed"], body.get("count")
+        if not isinstance(packed, bytes) or type(count) is not int:
+            raise ProtocolError("a chain of keys needs bytes 'packed' and an integer 'count'")
+        return KeyChain.of_packed(ns, packed, count)
     if "hashes" in body:
         hashes, count = body["hashes"], body.get("count")
         if not isinstance(hashes, list) or not isinstance(count, int):

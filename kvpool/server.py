@@ -26,6 +26,7 @@ from .flat import FlatGet, FlatPut
 from .get import Get
 from .keys import Namespace
 from .messages import INLINE_BYTES, Args, chain_from_wire, match_to_wire
+from .metrics import Metrics
 from .put import Put
 from .security import tenant_of
 from .waiting import Waiting
@@ -66,6 +67,9 @@ class PoolServer:
         self._puts = 0
         self._wire: Counter[str] = Counter()
         self._draining = False
+        self._loop = asyncio.get_running_loop()
+        self.metrics: Metrics | None = None
+        """Told of calls and transfers when set."""
         verbs: dict[str, Verb] = {
             "namespace": self._namespace,
             "match": self._match,
@@ -123,9 +127,24 @@ class PoolServer:
 
     def _handler(self, name: str, verb: Verb) -> Callable[[Link, dict[str, Any]], Awaitable[dict[str, Any]]]:
         async def handle(link: Link, args: dict[str, Any]) -> dict[str, Any]:
-            return await verb(self._session(link), Args(name, args))
+            if self.metrics is None:
+                return await verb(self._session(link), Args(name, args))
+            start, outcome = self._loop.time(), "cancelled"
+            try:
+                answer = await verb(self._session(link), Args(name, args))
+                outcome = "ok"
+                return answer
+            except KVError as error:
+                outcome = type(error).__name__
+                raise
+            finally:
+                self.metrics.called(name, self._loop.time() - start, outcome)
 
         return handle
+
+    def _moved(self, kind: str, since: float, error: KVError | None) -> None:
+        if self.metrics is not None:
+            self.metrics.moved(kind, self._loop.time() - since, "ok" if error is None else type(error).__name__)
 
     def _session(self, link: Link) -> Session:
         session = self._sessions.get(link)
@@ -161,6 +180,8 @@ class PoolServer:
         ns = args.namespace(session.namespaces)
         chain = chain_from_wire(ns, args.get("chain", dict))
         assert chain is not None
+        if args.get("asks_again", bool, False) and self.core.has_off_grid(ns, chain):
+            return {"again": True}  # with the tokens: keys off the grid are made of them
         return match_to_wire(self.core.match(ns, chain, args.get("limit", (int, type(None)), None)))
 
     async def _explain(self, session: Session, args: Args) -> dict[str, Any]:
@@ -195,6 +216,10 @@ class PoolServer:
         return {}
 
     async def _stat(self, session: Session, args: Args) -> dict[str, Any]:
+        return self.stat()
+
+    def stat(self) -> dict[str, Any]:
+        """:meth:`kvpool.core.PoolCore.stat`, and what is on the wire."""
         return {
             **self.core.stat(),
             "links": len(self._endpoint.links),
@@ -213,7 +238,7 @@ class PoolServer:
         deadline_s = args.seconds("deadline_s")
         put = self.core.begin_put(
             ns,
-            chain_from_wire(ns, args.get("chain", (dict, type(None)), None)),
+            chain_from_wire(ns, args.get("chain", (dict, type(None)), None), stores=True),
             boundary=args.integer("boundary"),
             start=args.integer("start", 0),
             checkpoints=args.integers("checkpoints"),
@@ -286,8 +311,11 @@ class PoolServer:
             else:
                 put.commit()
 
+        since = self._loop.time()
+
         def end(error: KVError | None) -> None:
             self._puts -= 1
+            self._moved("put", since, error)
             put.on_failed = None
             for name in ("moved_bytes", "checksums_verified", "corrupt_chunks", "duplicate_bytes"):
                 self._wire[f"received_{name}"] += getattr(receiver.stats, name)
@@ -378,7 +406,8 @@ class PoolServer:
 
     async def _relay(self, get: Get | FlatGet, sender: Sender) -> None:
         """Hand over what is there and what still comes; seal when the source is sealed; then let go of it."""
-        sealed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        sealed: asyncio.Future[None] = self._loop.create_future()
+        since = self._loop.time()
         get.on_failed = sender.fail
 
         def hand_over(layer: int, tensor: int, start: int, stop: int) -> None:
@@ -408,6 +437,7 @@ class PoolServer:
             pass  # the consumer knows: it was told, or it is what went away
         finally:
             await sender.cancel("the pool stopped sending")
+            self._moved("get", since, sender.error)
             for name in ("moved_bytes", "resent_bytes"):
                 self._wire[f"sent_{name}"] += getattr(sender.stats, name)
             get.on_failed = None

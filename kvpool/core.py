@@ -544,7 +544,7 @@ class PoolCore:
     def _miss_reason(tree: Tree, chain: KeyChain, path: Nodes) -> str:
         if len(path):
             return str(Reason.NO_CHECKPOINT) if tree.state is not None else "incomplete"
-        if chain.blocks and tree.ghost(0, chain.blocks[0]) is not None:
+        if chain.blocks and any(tree.ghost(group, chain.blocks[0]) for group in range(len(tree.rules))):
             return str(Reason.EVICTED)
         return str(Reason.NEVER_STORED)
 

@@ -86,7 +86,9 @@ def serve(
             "tokens": tokens,
         }
         joining = {"join": join, "node": node, "cluster": cluster, "advertise": advertise}
-        settings = load(config, {**given, "insecure": insecure, "grace_s": grace_s, "metrics_port": metrics_port, **joining})
+        settings = load(
+            config, {**given, "insecure": insecure, "grace_s": grace_s, "metrics_port": metrics_port, **joining}
+        )
         clean = _run(run(settings))
     except KVError as error:
         print(f"kvpoold: {error.message}", file=sys.stderr)

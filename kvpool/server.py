@@ -7,6 +7,7 @@ them; a get of a request whose put is still arriving relays every range as soon 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
@@ -129,7 +130,7 @@ class PoolServer:
         async def handle(link: Link, args: dict[str, Any]) -> dict[str, Any]:
             if self.metrics is None:
                 return await verb(self._session(link), Args(name, args))
-            start, outcome = self._loop.time(), "cancelled"
+            start, outcome = time.perf_counter(), "cancelled"
             try:
                 answer = await verb(self._session(link), Args(name, args))
                 outcome = "ok"
@@ -138,13 +139,13 @@ class PoolServer:
                 outcome = type(error).__name__
                 raise
             finally:
-                self.metrics.called(name, self._loop.time() - start, outcome)
+                self.metrics.called(name, time.perf_counter() - start, outcome)
 
         return handle
 
     def _moved(self, kind: str, since: float, error: KVError | None) -> None:
         if self.metrics is not None:
-            self.metrics.moved(kind, self._loop.time() - since, "ok" if error is None else type(error).__name__)
+            self.metrics.moved(kind, time.perf_counter() - since, "ok" if error is None else type(error).__name__)
 
     def _session(self, link: Link) -> Session:
         session = self._sessions.get(link)
@@ -311,7 +312,7 @@ class PoolServer:
             else:
                 put.commit()
 
-        since = self._loop.time()
+        since = time.perf_counter()  # uvloop's clock counts milliseconds
 
         def end(error: KVError | None) -> None:
             self._puts -= 1
@@ -407,7 +408,7 @@ class PoolServer:
     async def _relay(self, get: Get | FlatGet, sender: Sender) -> None:
         """Hand over what is there and what still comes; seal when the source is sealed; then let go of it."""
         sealed: asyncio.Future[None] = self._loop.create_future()
-        since = self._loop.time()
+        since = time.perf_counter()  # uvloop's clock counts milliseconds
         get.on_failed = sender.fail
 
         def hand_over(layer: int, tensor: int, start: int, stop: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
 from kvtransport.errors import KVBufferError, KVError, ManifestError
+from kvtransport.io.base import Network
 from kvtransport.layout import CacheLayout
 from kvtransport.link import Link
 from kvtransport.manifest import Manifest, new_transfer_id
@@ -249,13 +251,23 @@ class PoolClient:
         }
 
 
-async def connect(host: str, port: int, *, connections: int = 4, config: EndpointConfig | None = None) -> PoolClient:
+async def connect(
+    host: str,
+    port: int,
+    *,
+    connections: int = 4,
+    config: EndpointConfig | None = None,
+    network: Network | None = None,
+    entropy: Callable[[int], bytes] = os.urandom,
+) -> PoolClient:
     """Connect to a kvpoold. Raises ConnectError, HandshakeError, InsecureBindError.
+
+    ``network`` and ``entropy`` are the endpoint's; see :class:`kvtransport.Endpoint`.
 
     >>> async with await connect("127.0.0.1", 7777) as pool:  # doctest: +SKIP
     ...     print(await pool.stat())
     """
-    endpoint = Endpoint(config)
+    endpoint = Endpoint(config, network=network, entropy=entropy)
     try:
         link = await endpoint.connect(host, port, connections=connections)
     except KVError:

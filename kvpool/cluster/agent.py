@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +16,7 @@ from kvpool.errors import DirectoryError
 from kvpool.messages import Args
 from kvtransport.endpoint import Endpoint, EndpointConfig
 from kvtransport.errors import ConfigError, HandshakeError, KVError, ProtocolError
+from kvtransport.io.base import Network
 from kvtransport.link import Link
 
 from .announcing import Announcer
@@ -51,7 +53,10 @@ class NodeAgent:
         cluster: str,
         capacity: int,
         clock: Callable[[], float],
+        network: Network | None = None,
+        entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
+        self._network, self._entropy = network, entropy
         self.announcer = Announcer(endpoint.incarnation)
         self.node = node
         self.state = State.UP
@@ -72,6 +77,7 @@ class NodeAgent:
         core.watcher = self.announcer
         endpoint.handlers["member"] = self._on_member
         endpoint.handlers["entries"] = self._on_entries
+        endpoint.handlers["stale"] = self._on_stale
         endpoint.handlers["drain"] = self._on_drain
 
     @property
@@ -103,6 +109,14 @@ class NodeAgent:
             raise ProtocolError("entries: at most 4096 segments in one question")
         return {"entries": self.announcer.entries(keys)}
 
+    async def _on_stale(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+        """A client was sent here by entries that were not true: those that are not of the current generation are said again."""
+        values = Args("stale", args)
+        keys, generations = values.key_list(), values.integers("generations")
+        if len(keys) != len(generations):
+            raise ProtocolError("stale: one generation per segment")
+        return {"current": self.announcer.validate(dict(zip(keys, generations, strict=True)))}
+
     # -- in a directory --------------------------------------------------------------------------
 
     async def join(
@@ -129,7 +143,7 @@ class NodeAgent:
     async def probe(self, address: str, config: EndpointConfig | None = None) -> None:
         """Dial the advertised address and see whether this process answers."""
         host, port = parse_address(address)
-        async with Endpoint(config) as endpoint:
+        async with Endpoint(config, network=self._network, entropy=self._entropy) as endpoint:
             try:
                 async with asyncio.timeout(PROBE_S):
                     link = await endpoint.connect(host, port, connections=1)
@@ -179,7 +193,13 @@ class NodeAgent:
         self.state = State.DRAINING
         await directory.beat(self.member, self._ttl_s)
         rng = random.Random(self._endpoint.incarnation)
-        links = NodeLinks(self._config or EndpointConfig(), random=rng.random, connections=2)
+        links = NodeLinks(
+            self._config or EndpointConfig(),
+            random=rng.random,
+            connections=2,
+            network=self._network,
+            entropy=self._entropy,
+        )
         mover = self._mover = Mover(self._core, links, Rendezvous(), others, self._clock)
 
         async def work() -> None:

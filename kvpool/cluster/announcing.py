@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from kvpool.index import ROOT, Nodes, Tree
 
@@ -85,6 +85,17 @@ class Announcer:
         for known in passed:
             firsts[known] = first
         return first
+
+    def validate(self, seen: Mapping[bytes, int]) -> list[bool]:
+        """Whether each segment's generation, as somebody saw it, is the current one; those that are not are due again."""
+        out = []
+        for name, generation in seen.items():
+            draft = self._drafts.get(name)
+            current = draft is not None and draft.generation & 0xFFFFFFFF == generation
+            out.append(current)
+            if not current:
+                self._dirty[name] = None
+        return out
 
     # -- announcing ------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 
 from kvpool.client import PoolClient, connect
@@ -10,6 +11,7 @@ from kvpool.errors import NoNodeError
 from kvpool.keys import Namespace
 from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import ConfigError, IncarnationError, KVError
+from kvtransport.io.base import Network
 
 from .members import Member
 from .suspects import Suspects
@@ -33,7 +35,10 @@ class NodeLinks:
         random: Callable[[], float],
         connections: int = 2,
         dial_s: float = 3.0,
+        network: Network | None = None,
+        entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
+        self._network, self._entropy = network, entropy
         self._config = config
         self._connections = connections
         self._dial_s = dial_s
@@ -87,7 +92,14 @@ class NodeLinks:
             host, port = parse_address(address)
             try:
                 async with asyncio.timeout(self._dial_s):
-                    client = await connect(host, port, connections=self._connections, config=self._config)
+                    client = await connect(
+                        host,
+                        port,
+                        connections=self._connections,
+                        config=self._config,
+                        network=self._network,
+                        entropy=self._entropy,
+                    )
             except TimeoutError:
                 error = NoNodeError(f"{address} of node {member.id!r} did not answer within {self._dial_s:g} s")
                 continue

@@ -158,3 +158,9 @@ class Whole:
             if position <= self.chain.tokens and int(short([self.chain.key_at(position)])[0]) == tail.key:
                 out.append(Tail(position, tuple(tail.units[n] for n in numbers)))
         return out
+
+
+def empty_view(ns: Namespace) -> View:
+    """The view of a chain of which nothing is known."""
+    rules = rules_of(ns.layout)
+    return View(ns.block_tokens, rules, np.zeros((len(rules), 0), dtype=np.bool_), ())

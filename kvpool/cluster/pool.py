@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import random as _random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -28,7 +29,7 @@ from kvpool.protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
 from kvpool.security import DEFAULT_TENANT
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import EndpointConfig
-from kvtransport.errors import ConfigError, KVError, LinkError, RefusedError
+from kvtransport.errors import ConfigError, KVBufferError, KVError, LinkError, RefusedError
 from kvtransport.layout import CacheLayout, GroupKind
 from kvtransport.manifest import Manifest, new_transfer_id
 from kvtransport.transfer import IncomingTransfer, OutgoingTransfer
@@ -37,7 +38,7 @@ from .cut import Part, check_aligned, cut_get, cut_put
 from .directory import Directory
 from .get import ClusterGet, Source
 from .links import NodeLinks
-from .locate import Cut, Whole
+from .locate import Cut, Whole, empty_view
 from .members import Member, Roster, by_cluster
 from .peers import PeerDirectory, ask_entries
 from .placement import LocalFirst, Placement, Rendezvous
@@ -159,11 +160,7 @@ class ClusterPool:
     async def explain(self, ns: Namespace, chain: KeyChain) -> Explanation:
         known = await self._find(ns, chain)
         limit = self._limit(chain, None)
-        views = [known.view()] if isinstance(known, Cut) else list(known.views.values())
-        if not views:
-            views = [Cut(ns, units_of(ns), ()).view()] if can_be_cut(ns.layout, ns.block_tokens) else []
-        if not views:
-            raise MissError("no node holds anything of this chain")
+        views = [known.view()] if isinstance(known, Cut) else list(known.views.values()) or [empty_view(ns)]
         best = max(views, key=lambda v: match(v, limit).length)
         return explain(best, limit, 0.0, lambda group, position: None)
 
@@ -420,8 +417,20 @@ class ClusterPool:
             except LinkError as error:
                 self.links.failed(member, error)
                 raise
+            except MissError:
+                await self._stale(member, known, part)
+                raise
 
         return ClusterGet(manifest, sources, into(manifest) if callable(into) else into, open_part, deadline)
+
+    async def _stale(self, member: Member, known: Cut, part: Part) -> None:
+        """Tell an owner that its entry, of the generation we saw, was not true: it says it again unless that is the current one."""
+        number = next(n for n, u in enumerate(known.units) if u.kind is part.unit.kind)
+        for holder in known.holders.get((number, part.segment.index), ()):
+            if holder.node == member.id:
+                args = {"keys": [part.segment.key], "generations": [holder.generation]}
+                with suppress(KVError):
+                    await (await self.links.client(member)).link.call("stale", args, timeout_s=self._answer_s)
 
     async def _get_whole(
         self,
@@ -566,6 +575,25 @@ class ClusterPool:
 
         await asyncio.gather(*(one(n, k) for n, k in self._by_node(dict.fromkeys(keys)).items()))
         return [found.get(k) for k in keys]
+
+    async def get_objects_into(self, keys: Sequence[bytes], into: Sequence[Any]) -> list[int | None]:
+        if len(into) != len(keys):
+            raise KVBufferError(f"{len(keys)} objects were asked for, there is memory for {len(into)}")
+        found: dict[int, int | None] = {}
+        at: dict[str, list[int]] = {}
+        for i, key in enumerate(keys):
+            at.setdefault(next(iter(self._by_node([key]))), []).append(i)
+
+        async def one(node: str, mine: list[int]) -> None:
+            try:
+                client = await self.links.client(self._member(node))
+                sizes = await client.get_objects_into([keys[i] for i in mine], [into[i] for i in mine])
+                found.update(zip(mine, sizes, strict=True))
+            except (LinkError, NoNodeError) as error:
+                self.links.failed(self._member(node), error)
+
+        await asyncio.gather(*(one(n, mine) for n, mine in at.items()))
+        return [found.get(i) for i in range(len(keys))]
 
     # -- the whole -----------------------------------------------------------------------------
 

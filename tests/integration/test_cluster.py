@@ -154,6 +154,9 @@ async def test_branches_share_their_beginning(world):
     await put(pool, ns, one, SEGMENT + 320, checkpoints=(SEGMENT + 64,))
     await world.settled()
     assert (await pool.match(ns, KeyChain(ns, two))).restorable == (SEGMENT + 64,)
+    three = [*trunk[: SEGMENT + 32], *tokens(300, 3)]
+    hints = await pool.checkpoint_hints(ns, KeyChain(ns, three))
+    assert (hints.branch, hints.restorable) == (SEGMENT + 32, 0)
     await put(pool, ns, two, SEGMENT + 320)
     await world.settled()
     for prompt in (one, two):
@@ -255,6 +258,9 @@ async def test_flat_objects_lie_on_all_nodes(world):
     keys = [*objects, b"never stored"]
     assert await pool.exists(keys) == [True] * 60 + [False]
     assert await pool.get_objects(keys) == [*objects.values(), None]
+    into = [bytearray(200) for _ in keys]
+    assert await pool.get_objects_into(keys, into) == [len(v) for v in objects.values()] + [None]
+    assert [bytes(b[: len(v)]) for b, v in zip(into, objects.values(), strict=False)] == list(objects.values())
     assert all(n.core.stat()["used_bytes"] for n in world.nodes.values())
     stat = await pool.stat()
     assert stat["used_bytes"] == sum(n.core.stat()["used_bytes"] for n in world.nodes.values())

@@ -31,7 +31,12 @@ NAMESPACE = "KVPOOL_STORES_NAMESPACE"
 def enter_namespace(congestion: str) -> None:
     """Go on in a network namespace whose default is ``congestion``."""
     if os.environ.get(NAMESPACE) == congestion:
-        Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text(congestion)
+        try:
+            Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text(congestion)
+        except PermissionError:
+            raise SystemExit(
+                f"a namespace may not use {congestion}: sysctl -w net.ipv4.tcp_allowed_congestion_control='reno {congestion}' first"
+            ) from None
         return
     if os.geteuid():
         raise SystemExit("a congestion control of its own needs root; run as root or say --congestion system")
@@ -101,7 +106,7 @@ def table(summary: dict[str, dict[str, dict[str, float]]], sizes: list[int]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stores", nargs="+", default=[OURS, "redis", "memcached", "mooncake"])
+    parser.add_argument("--stores", nargs="+", default=[OURS, "kvpool-local", "redis", "memcached", "mooncake"])
     parser.add_argument(
         "--peers-python", default=sys.executable, metavar="PYTHON", help="has the peers' client libraries"
     )
@@ -119,7 +124,7 @@ def main() -> None:
     started = time.time()
     for number in range(args.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            python = sys.executable if name == OURS else args.peers_python
+            python = sys.executable if name.startswith(OURS) else args.peers_python
             samples[name].append(flat(turn(name, python, args)))
             print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
     summary = {

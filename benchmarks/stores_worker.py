@@ -16,6 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -127,7 +128,10 @@ class Kvpool:
         from kvpool.client import connect
 
         daemon = [sys.executable, "-m", "kvpool.daemon", "--port", "0", "--memory", str(3 * memory.nbytes + (64 << 20))]
-        with process(*daemon, stdout=subprocess.PIPE) as child:
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            process(*daemon, *cls.config(Path(directory)), stdout=subprocess.PIPE) as child,
+        ):
             assert child.stdout is not None
             line = child.stdout.readline().decode()
             found = re.search(r"listening on 127\.0\.0\.1:(\d+)", line)
@@ -142,10 +146,19 @@ class Kvpool:
             connections = int(os.environ.get("KVPOOL_CONNECTIONS", "4"))
             client = loop.run_until_complete(_connect(connect, int(found[1]), connections))
             try:
+                cls.prepare(client, Path(directory))
                 yield cls(memory, client, loop, child.pid)
             finally:
                 loop.run_until_complete(client.close())
                 loop.close()
+
+    @classmethod
+    def config(cls, directory: Path) -> list[str]:
+        return []
+
+    @classmethod
+    def prepare(cls, client: Any, directory: Path) -> None:
+        pass
 
     def _batches(self, size: int) -> Iterator[range]:
         count = self.memory.nbytes // size
@@ -183,6 +196,19 @@ class Kvpool:
 
     def pids(self) -> list[int]:
         return [self._pid]
+
+
+class KvpoolLocal(Kvpool):
+    """The same, with gets out of the daemon's memory, mapped read-only."""
+
+    @classmethod
+    def config(cls, directory: Path) -> list[str]:
+        (directory / "kvpoold.toml").write_text('local_socket = "pool.sock"\n')
+        return ["--config", str(directory / "kvpoold.toml")]
+
+    @classmethod
+    def prepare(cls, client: Any, directory: Path) -> None:
+        client.map_memory(directory / "pool.sock")
 
 
 async def _connect(connect: Callable[..., Any], port: int, connections: int) -> Any:
@@ -444,6 +470,7 @@ class Resp:
 
 STORES: dict[str, Any] = {
     "kvpool": Kvpool,
+    "kvpool-local": KvpoolLocal,
     "redis": Redis,
     "memcached": Memcached,
     "mooncake": Mooncake,

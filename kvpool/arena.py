@@ -89,10 +89,11 @@ class PageArena:
     """Cuts ``arena`` into pages of ``page_bytes`` bytes. Not thread-safe: one owner loop.
 
     ``page_generation[p]`` is the generation of the slab that owns page p, 0 when free: whoever reads pages
-    without holding a pin compares it before and after.
+    without holding a pin compares it before and after. ``share`` puts it into memory that other processes may map
+    (``generation_arena``).
     """
 
-    def __init__(self, arena: Arena, page_bytes: int = 65536) -> None:
+    def __init__(self, arena: Arena, page_bytes: int = 65536, *, share: bool = False) -> None:
         if page_bytes < MIN_PAGE_BYTES or page_bytes % MIN_PAGE_BYTES:
             raise ConfigError(f"page_bytes must be a multiple of {MIN_PAGE_BYTES}, got {page_bytes}")
         view = memoryview(arena)
@@ -107,7 +108,14 @@ class PageArena:
         self._view = view
         self.page_bytes = page_bytes
         self.total_pages = count
-        self.page_generation = np.zeros(count, dtype=np.int64)
+        self.generation_arena = (
+            Arena(count * 8, lock="off", cuda="off", huge="off", name="kvpool-generations") if share else None
+        )
+        self.page_generation: NDArray[np.int64] = (
+            np.zeros(count, dtype=np.int64)
+            if self.generation_arena is None
+            else np.frombuffer(memoryview(self.generation_arena), np.int64, count)
+        )
         # Popped from the end: the first allocations get ascending, adjacent pages.
         self._free = np.arange(count - 1, -1, -1, dtype=np.int32)
         self._top = count
@@ -280,3 +288,6 @@ class PageArena:
         """Give the memory back; it stays mapped while page lists over it live."""
         self._view = memoryview(b"")
         self.arena.close()
+        if self.generation_arena is not None:
+            self.page_generation = np.zeros(0, dtype=np.int64)
+            self.generation_arena.close()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
-from kvtransport.errors import KVBufferError, KVError, ManifestError
+from kvtransport.errors import DestinationError, KVBufferError, KVError, ManifestError
 from kvtransport.io.base import Network
 from kvtransport.layout import CacheLayout
 from kvtransport.link import Link
@@ -17,7 +18,9 @@ from kvtransport.receiver import Expectation, Receiver
 from kvtransport.sender import Sender
 
 from .admission import CheckpointHints
+from .errors import PoolError
 from .keys import KeyChain, Namespace
+from .local import LocalMemory, unpack_places
 from .match import Explanation, Match
 from .messages import INLINE_BYTES, chain_to_wire, explanation_from_wire, hints_from_wire, match_from_wire
 from .objects import Landing, pages_of, units
@@ -37,6 +40,7 @@ class PoolClient:
     def __init__(self, endpoint: Endpoint, link: Link) -> None:
         self._endpoint = endpoint
         self._names: dict[bytes, bytes] = {}
+        self._local: LocalMemory | None = None
         self.link = link
 
     async def __aenter__(self) -> Self:
@@ -47,7 +51,36 @@ class PoolClient:
 
     async def close(self) -> None:
         """Close the link and everything in progress on it. Idempotent."""
+        if self._local is not None:
+            self._local.close()
+            self._local = None
         await self._endpoint.close()
+
+    def map_memory(self, path: str | Path) -> None:
+        """Read what is asked for in the pool's own memory from now on, at its ``local_socket``, where that works.
+
+        Objects then come by :meth:`get_objects` and :meth:`get_objects_into` as before; prefixes by :meth:`read_local`.
+        Raises ConnectError or ArenaError.
+        """
+        self._local = LocalMemory(path)
+
+    async def read_local(
+        self, ns: Namespace, chain: KeyChain, *, boundary: int, into: Mapping[tuple[int, int], PageList], start: int = 0
+    ) -> bool:
+        """:meth:`get` out of the pool's own memory, into page lists by (layer, tensor).
+
+        False when some of it was evicted meanwhile: what is in ``into`` is then nothing, and :meth:`get` may say more. Raises MissError
+        when it is not there in the first place, PoolError without :meth:`map_memory`.
+        """
+        if self._local is None:
+            raise PoolError("the pool's memory is not mapped: call map_memory first")
+        args = self._about(ns, chain, keys=not boundary % ns.block_tokens, boundary=boundary, start=start)
+        reply = await self.link.call("locate", args)
+        places = unpack_places(reply["places"])
+        slots = [(int(layer), int(tensor)) for layer, tensor in reply["slots"]]
+        if set(slots) != set(into) or len(slots) != len(places):
+            raise DestinationError(f"there are {len(slots)} tensors to read, and destinations for {len(into)}")
+        return all(self._local.read(place, into[slot]) for slot, place in zip(slots, places, strict=True))
 
     # -- lookups -------------------------------------------------------------------------------
 
@@ -192,6 +225,8 @@ class PoolClient:
         return [None if pages is None else pages.nbytes for pages in found]
 
     async def _get_objects(self, keys: Sequence[bytes], landing: Landing) -> list[PageList | None]:
+        if self._local is not None:
+            return await self._read_objects(self._local, keys, landing)
         transfer = new_transfer_id()
 
         def grant(manifest: Manifest) -> Mapping[tuple[int, int], PageList]:
@@ -218,6 +253,28 @@ class PoolClient:
         finally:
             await receiver.cancel("done")
         return await self._check_objects(keys, reply["checksums"], landing.objects())
+
+    async def _read_objects(self, local: LocalMemory, keys: Sequence[bytes], landing: Landing) -> list[PageList | None]:
+        """Objects out of the pool's own memory."""
+        reply = await self.link.call("locate_objects", {"keys": list(keys)})
+        places = unpack_places(reply["places"])
+        waiting = iter(places)
+        by_key = [next(waiting) if there else None for there in reply["found"]]
+        whole = landing.grant([-1 if p is None else int(p.pieces[:, 1].sum()) for p in by_key])
+        at = 0
+        gone: set[int] = set()
+        for i, place in enumerate(by_key):
+            if place is not None:
+                size = int(place.pieces[:, 1].sum())
+                if not local.read(place, whole.slice(at, at + size)):
+                    gone.add(i)
+                at += size
+        checksums = iter(reply["checksums"])
+        by_index = [next(checksums) if there else None for there in reply["found"]]
+        found = [None if i in gone else pages for i, pages in enumerate(landing.objects())]
+        return await self._check_objects(
+            keys, [c for i, c in enumerate(by_index) if c is not None and i not in gone], found
+        )
 
     async def _check_objects(
         self, keys: Sequence[bytes], checksums: Sequence[int], found: list[PageList | None]

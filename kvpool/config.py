@@ -46,6 +46,10 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """File of the tokens that clients may show instead of a certificate, one a line; "kvpool token" makes one."""
     insecure: bool = False
     """Allow listening beyond loopback without encryption and authentication."""
+    local_socket: str = ""
+    """Unix socket at which clients on this machine get the memory to read it in place; the pool then serves local_tenant only."""
+    local_tenant: str = "default"
+    """Whose clients may map the memory, all of it."""
     metrics_port: int | None = None
     """Port for Prometheus (GET /metrics, plain HTTP); 0 takes any free one, none is served without. Needs the metrics extra."""
     metrics_host: str = "127.0.0.1"

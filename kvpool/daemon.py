@@ -22,6 +22,7 @@ from .arena import PageArena
 from .cluster.agent import NodeAgent
 from .config import DaemonConfig, load, parse_size
 from .core import PoolCore
+from .local import LocalServer
 from .metrics import Metrics, MetricsServer
 from .security import RefusalReport
 from .server import PoolServer
@@ -111,7 +112,7 @@ async def run(config: DaemonConfig) -> bool:
         arena = Arena(config.memory_bytes, lock="auto" if config.lock else "off", name="kvpoold")
     except KVError as error:
         raise ConfigError(f"memory = {config.memory}: {error.message}") from error
-    pages = PageArena(arena, config.page_bytes)
+    pages = PageArena(arena, config.page_bytes, share=bool(config.local_socket))
     core = PoolCore(
         pages,
         clock=time.monotonic,
@@ -136,6 +137,10 @@ async def run(config: DaemonConfig) -> bool:
         endpoint, core, node=config.node, cluster=config.cluster, capacity=config.memory_bytes, clock=time.monotonic
     )
     served: MetricsServer | None = None
+    lent: LocalServer | None = None
+    if config.local_socket:
+        lent = LocalServer(Path(config.directory) / config.local_socket, arena, pages)
+        server.only_tenant = config.local_tenant
     if config.metrics_port is not None:
         server.metrics = Metrics(server.stat)
         served = MetricsServer(server.metrics)
@@ -147,6 +152,8 @@ async def run(config: DaemonConfig) -> bool:
         host, port = await endpoint.listen(config.host, config.port)
         for note in [*arena.info.notes, *_security(endpoint, config)]:
             print(f"kvpoold: note: {note}", file=sys.stderr)
+        if lent is not None:
+            lent.listen()
         if served is not None:
             where = await served.listen(config.metrics_host, config.metrics_port or 0)
             print(f"kvpoold: metrics on http://{where[0]}:{where[1]}/metrics", file=sys.stderr, flush=True)
@@ -168,6 +175,8 @@ async def run(config: DaemonConfig) -> bool:
         await agent.leave()
         if served is not None:
             await served.close()
+        if lent is not None:
+            await lent.close()
         await server.close()
         await endpoint.close()
         pages.close()

@@ -26,6 +26,7 @@ from .errors import MissError
 from .flat import FlatGet, FlatPut
 from .get import Get
 from .keys import Namespace
+from .local import Located, pack_places
 from .messages import INLINE_BYTES, Args, chain_from_wire, match_to_wire
 from .metrics import Metrics
 from .put import Put
@@ -71,6 +72,8 @@ class PoolServer:
         self._loop = asyncio.get_running_loop()
         self.metrics: Metrics | None = None
         """Told of calls and transfers when set."""
+        self.only_tenant: str | None = None
+        """Whom alone it serves, when set: one whose clients may map the memory."""
         verbs: dict[str, Verb] = {
             "namespace": self._namespace,
             "match": self._match,
@@ -84,6 +87,8 @@ class PoolServer:
             "put_objects": self._put_objects,
             "get_objects": self._get_objects,
             "drop_corrupt": self._drop_corrupt,
+            "locate": self._locate,
+            "locate_objects": self._locate_objects,
             "stat": self._stat,
             "clear": self._clear,
         }
@@ -150,7 +155,12 @@ class PoolServer:
     def _session(self, link: Link) -> Session:
         session = self._sessions.get(link)
         if session is None:
-            session = self._sessions[link] = Session(link, tenant_of(link.identity))
+            tenant = tenant_of(link.identity)
+            if self.only_tenant is not None and tenant != self.only_tenant:
+                raise RefusedError(
+                    "this pool lends its memory to local clients of one tenant and serves no other: use another pool"
+                )
+            session = self._sessions[link] = Session(link, tenant)
             link.on_end(lambda: self._leave(session))
         return session
 
@@ -392,6 +402,31 @@ class PoolServer:
         else:
             self._send(session, get, transfer, deadline_s)
         return answer
+
+    async def _locate(self, session: Session, args: Args) -> dict[str, Any]:
+        """Where the bytes of a get lie, for a client that maps the memory; nothing is pinned."""
+        self._check_lends()
+        ns = args.namespace(session.namespaces)
+        chain = chain_from_wire(ns, args.get("chain", dict))
+        get = self.core.plan_get(
+            ns, chain, boundary=args.integer("boundary"), start=args.integer("start", 0), deadline=self.core.clock() + 1
+        )
+        places = [Located.of(self.core.arena, pages) for pages in get.sources.values()]
+        slots = list(get.sources)
+        get.close()
+        return {"slots": slots, "places": pack_places(places)}
+
+    async def _locate_objects(self, session: Session, args: Args) -> dict[str, Any]:
+        self._check_lends()
+        get = self.core.plan_get_flat(session.tenant, args.key_list(), deadline=self.core.clock() + 1)
+        places = [Located.of(self.core.arena, pages) for pages in get.objects]
+        answer = {"found": list(get.found), "checksums": list(get.checksums), "places": pack_places(places)}
+        get.close()
+        return answer
+
+    def _check_lends(self) -> None:
+        if self.only_tenant is None:
+            raise RefusedError("this pool does not lend its memory to local clients: it has no local_socket")
 
     async def _drop_corrupt(self, session: Session, args: Args) -> dict[str, Any]:
         """A client found an object whose bytes no longer have their checksum."""

@@ -205,7 +205,8 @@ def start_known(known: Known, options: PeersOptions, congestion: str, say: Calla
 def start_ours(options: PeersOptions, congestion: str) -> Pair:
     config = {"region": options.region_bytes, "congestion": congestion, "connections": options.connections}
     argv = [sys.executable, "-m", "kvtransport.bench.peers_ours"]
-    return Pair(OURS, lambda crew: _start_pair(crew, OURS, argv, child_environment(), config))
+    env = {**child_environment(), "LD_PRELOAD": str(program("congestion", shared=True))}
+    return Pair(OURS, lambda crew: _start_pair(crew, OURS, argv, env, config))
 
 
 class Results:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 from kvtransport import presets
 from kvtransport.bench import cli, plots, wan
+from kvtransport.bench.send import SendOptions
 from kvtransport.errors import ConfigError, HandshakeError, InsecureBindError, KVError, LimitError
 
 from .test_bench_loopback import children, gone
@@ -41,6 +44,28 @@ def start(*args: str) -> subprocess.Popen:
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+def assert_documented(body: dict) -> None:
+    """Every key of the object, of its rounds and cells stands in docs/kvbench.md."""
+    known = set(re.findall(r"[`.\[\]]([a-z_0-9]+)[`.\[\]]", (ROOT / "docs" / "kvbench.md").read_text())) | {"command"}
+    rounds = body.get("rounds", [])
+    found = set(body) | {key for each in (rounds if isinstance(rounds, list) else []) for key in each}
+    found |= {key for each in body.get("cells", []) for key in each}
+    assert found <= known, f"not in docs/kvbench.md: {sorted(found - known)}"
+
+
+def test_it_works_without_torch_and_matplotlib():
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'matplotlib'): sys.modules[name] = None\n"
+        "from kvtransport.bench import cli\n"
+        "sys.argv = ['kvbench', 'crowd', '--count', '2', '--total-bytes', '1048576', '--repeat', '1', '--json', '-']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["command"] == "crowd"
 
 
 def test_sweep_pipeline_crowd_and_a_report_of_them(tmp_path):
@@ -85,6 +110,8 @@ def test_sweep_pipeline_crowd_and_a_report_of_them(tmp_path):
         "urgent_behind_bulk": 2,
     }
 
+    for body in (sweep, pipeline, crowd):
+        assert_documented(body)
     loopback, _ = kvbench("loopback", "--tokens", "256", "--repeat", "2", "--buffer-bytes", "0", "--baseline")
     doctor, _ = kvbench("doctor")
     files = []
@@ -175,6 +202,9 @@ def server():
         assert out.count("sends") == out.count("is done")
 
 
+SEND_OPTIONS = {f.name for f in dataclasses.fields(SendOptions)}
+
+
 def test_send_to_a_server(server):
     address = server()
     for extra in ([], ["--contiguous", "--no-checksum"], ["--page-bytes", "5000", "--connections", "2"]):
@@ -185,6 +215,7 @@ def test_send_to_a_server(server):
         assert body["bytes"] == presets.load("kimi-linear-48b").bytes_at(300)
         assert body["answer"]["goodput_gbps"] == body["goodput_gbps"]["median"]
         assert "every byte verified" in shown
+        assert_documented({k: v for k, v in body.items() if k not in SEND_OPTIONS})
 
 
 def test_send_over_tls(server, pki):
@@ -262,6 +293,7 @@ def test_wan_on_a_small_grid(tmp_path, monkeypatch):
     result = CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, [*args, "--json", str(out)])
     assert result.exit_code == 0, result.output
     body = json.loads(out.read_text())
+    assert_documented(body)
     assert [c["conditions"]["rtt_ms"] for c in body["cells"]] == [2.0, 6.0]
     for cell in body["cells"]:
         steady, cold = cell["steady"], cell["cold"]

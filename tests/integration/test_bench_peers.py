@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -142,6 +143,24 @@ def test_a_peer_that_dies_is_left_out_and_named(monkeypatch):
     assert "mortal target process" in run["peers"]["mortal"]["failed"]
     assert run["peers"]["fair"]["moves"]["send"]["1048576"]["gb_per_s"]["n"] == 2
     assert run["peers"]["mortal"]["ours_over_it"] == {"objects": {}, "pages": {}}
+
+
+HOLD = """
+import sys
+from kvtransport.bench import peers
+pair = peers.start_ours(peers.PeersOptions(region_bytes=16 << 20), "reno")
+print(pair.target.pid, pair.initiator.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_frozen_peers_end_with_whoever_froze_them_however():
+    process = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pids = [int(n) for n in process.stdout.readline().split()]
+    assert all(state(pid) == "T" for pid in pids)
+    process.kill()
+    process.communicate(timeout=10)
+    assert gone(pids)
 
 
 def test_the_drivers_and_what_is_known_of_them():

@@ -144,7 +144,7 @@ def explain(
         return await pool.explain(ns, KeyChain(ns, ids))
 
     explanation = _with_pool(address, _access(insecure, ca, certificate, key, token), work)
-    console(json_to).print(str(explanation))
+    console(json_to).print(str(explanation), soft_wrap=True)
     write_json(json_to, explanation.as_dict())
 
 

@@ -169,7 +169,8 @@ class PoolCore:
         view = tree.view(chain, tree.find(chain.blocks))
 
         def ghost(group: int, position: int) -> Ghost | None:
-            return tree.ghost(group, chain.key_at(position)) if 0 < position <= chain.tokens else None
+            named = 0 < position <= chain.tokens and not (chain.opaque and position % ns.block_tokens)
+            return tree.ghost(group, chain.key_at(position)) if named else None
 
         others = {
             r.tree.tenant == ns.tenant

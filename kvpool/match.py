@@ -267,6 +267,9 @@ def _explain_group(
             gone = ghost(group, position)
             if gone is not None:
                 return GroupReach(rule.name, rule.kind, reach, Reason.EVICTED, position, _gone(gone, now, position))
+        tail = _evicted_tail(view, group, reach, found.limit, ghost)
+        if tail is not None:
+            return GroupReach(rule.name, rule.kind, reach, Reason.EVICTED, tail[0], _gone(tail[1], now, tail[0]))
         if len(present) * step > reach:
             detail = f"blocks are there up to {min(len(present), wanted) * step}, but no state beyond {reach}"
             return GroupReach(rule.name, rule.kind, reach, Reason.NO_CHECKPOINT, reach, detail)
@@ -279,9 +282,25 @@ def _explain_group(
     gone = ghost(group, position)
     if gone is not None:
         return GroupReach(rule.name, rule.kind, reach, Reason.EVICTED, missing * step, _gone(gone, now, position))
+    tail = _evicted_tail(view, group, reach, found.limit, ghost)
+    if tail is not None:
+        return GroupReach(rule.name, rule.kind, reach, Reason.EVICTED, tail[0], _gone(tail[1], now, tail[0]))
     if missing == 0 and elsewhere is not None:
         return GroupReach(rule.name, rule.kind, reach, elsewhere, 0, _ELSEWHERE[elsewhere])
-    return GroupReach(rule.name, rule.kind, reach, Reason.NEVER_STORED, missing * step)
+    detail = f"nothing that goes on as this does after {missing * step} tokens" if missing else ""
+    return GroupReach(rule.name, rule.kind, reach, Reason.NEVER_STORED, missing * step, detail)
+
+
+def _evicted_tail(view: View, group: int, reach: int, limit: int, ghost: GhostLookup) -> tuple[int, Ghost] | None:
+    """Where in the block behind all that is or was known an off-grid checkpoint beyond ``reach`` was evicted."""
+    step, known = view.block_tokens, view.resident.shape[1]
+    while (known + 1) * step <= limit and any(ghost(g, (known + 1) * step) for g in range(len(view.rules))):
+        known += 1
+    for position in range(min(limit, (known + 1) * step - 1), max(reach, known * step), -1):
+        gone = ghost(group, position)
+        if gone is not None:
+            return position, gone
+    return None
 
 
 def _missing_of_window(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from kvpool.keys import KeyChain
 from kvpool.match import Reason
 from kvpool.protocol import PoolProtocol
 from kvpool.server import PoolServer
+from kvtransport import presets
 from kvtransport.buffers import Arena, PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
 from kvtransport.errors import DeadlineError, KVBufferError, KVError, RefusedError, TransferCancelledError
@@ -491,6 +493,7 @@ async def test_a_second_sigterm_stops_at_once(hybrid):
     [
         (["--memory", "100TiB"], "memory = 100TiB"),
         (["--memory", "lots"], "'lots' is not a size"),
+        (["--policy", "fifo"], "no eviction policy 'fifo': choose one of lru, s3fifo, sieve, gdsf, marconi"),
         (["--host", "0.0.0.0"], "insecure = true"),
         (["--config", "/nonexistent.toml"], "cannot read /nonexistent.toml"),
     ],
@@ -501,6 +504,46 @@ def test_bad_settings_are_one_clear_line(args, says):
         error = process.stderr.read()
         assert says in error
         assert "Traceback" not in error
+
+
+async def test_kvpool_explain_asks_a_daemon(tmp_path):
+    """Text and JSON, of a prompt whose state is there and of one whose state was pushed out."""
+    layout = presets.load("kimi-linear-48b")
+    prompts = [tokens(200, seed=i).tolist() for i in range(2)]
+
+    def explain(prompt, *more):
+        path = tmp_path / "prompt.json"
+        path.write_text(json.dumps(prompt))
+        command = [
+            sys.executable,
+            "-m",
+            "kvpool.cli",
+            "explain",
+            "--model",
+            "kimi-linear-48b",
+            "-a",
+            f"127.0.0.1:{port}",
+        ]
+        return subprocess.run(
+            [*command, "--tokens", str(path), *more], capture_output=True, text=True, check=True
+        ).stdout
+
+    with daemon("--policy", "lru") as process:
+        port = port_of(process)
+        async with await connect("127.0.0.1", port) as client:
+            ns = await client.namespace(layout, 64)
+            for prompt in prompts:
+                await put(client, ns, KeyChain(ns, prompt), source_of(ns, 128), boundary=128)
+            first, second = [await asyncio.to_thread(explain, p) for p in prompts]
+            assert "match: 0 of at most 199 tokens (kda: evicted)" in first
+            assert re.search(
+                r"kda \(recurrent\): reaches 0; evicted: what ended at 128 was evicted .* s ago \(capacity\)", first
+            )
+            assert "match: 128 of at most 199 tokens" in second
+            body = json.loads(await asyncio.to_thread(explain, prompts[1], "--json", "-"))
+            assert (body["length"], body["restorable"]) == (128, [128])
+            assert {g["group"]: g["ended_by"] for g in body["groups"]} == {"mla": "never_stored", "kda": "never_stored"}
+            assert "other fingerprint" in await asyncio.to_thread(explain, prompts[1], "--block-tokens", "32")
 
 
 def test_the_port_is_taken():

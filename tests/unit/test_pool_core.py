@@ -488,6 +488,22 @@ def test_states_and_windows_age_on_their_own():
     check_idle(core)
 
 
+def test_an_evicted_checkpoint_off_the_grid_is_explained():
+    core = make_core()
+    ns = core.open_namespace("t", LAYOUTS["hybrid"], STEP)
+    store(core, ns, TOKENS, 70)
+    chain = KeyChain(ns, TOKENS[:90])
+    assert core.explain(ns, chain).match.length == 70
+    while core._eviction.evict(None, "capacity"):
+        told = core.explain(ns, chain)
+        assert told.match.length == 0
+        states = [g for g in told.groups if g.kind is GroupKind.RECURRENT]
+        assert {(g.ended_by, g.at) for g in states} == {(Reason.EVICTED, 70)}
+    assert "what ended at 70 was evicted 0.0 s ago (capacity)" in str(told)
+    assert {g.ended_by for g in told.groups} == {Reason.EVICTED}
+    check_idle(core)
+
+
 def test_a_state_without_blocks_and_blocks_without_state():
     core = make_core()
     ns = core.open_namespace("t", LAYOUTS["hybrid"], STEP)

@@ -19,6 +19,8 @@ MOST_TURNS = 8
 SIZES = (1_024, 2_048, 4_096, 8_192)
 """Tokens added: kinds end below these."""
 KINDS = 1 + MOST_TURNS * (len(SIZES) + 1)
+TEMPLATE_TURNS = 2
+"""What stands before a sequence of these turns may be a template that everybody shares."""
 PRIOR = 20.0
 """Sequences of the mean that a kind starts with."""
 REMEMBERED = 65_536
@@ -31,6 +33,10 @@ def kind_of(turn: int, added_tokens: int) -> int:
     """``turn``: 1 for a sequence that continues nothing."""
     size = sum(added_tokens >= s for s in SIZES)
     return 1 + (min(max(turn, 1), MOST_TURNS) - 1) * (len(SIZES) + 1) + size
+
+
+def turn_of(kind: int) -> int:
+    return (kind - 1) // (len(SIZES) + 1) + 1
 
 
 class Continuing:
@@ -63,7 +69,10 @@ class Continuing:
                     self._continued[known[0]] += 1
                 tag = known[2]
                 break
-        middle = added + (len(names) - added - 1) // 2 if added < len(names) else len(names) - 1
+        new = len(names) - added
+        middle = added + (new - 1) // 2 if new > 0 else len(names) - 1
+        if new == 1 and added and turn_of(kind) > TEMPLATE_TURNS:
+            middle -= 1  # the one segment may be an unfinished block, which what continues it replaces
         self._open[names[middle]] = (kind, now, tag)
         self._seen[kind] += 1
         if len(self._open) > self._remembered:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
 from kvtransport.errors import DestinationError, KVBufferError, KVError, ManifestError
@@ -257,24 +259,23 @@ class PoolClient:
     async def _read_objects(self, local: LocalMemory, keys: Sequence[bytes], landing: Landing) -> list[PageList | None]:
         """Objects out of the pool's own memory."""
         reply = await self.link.call("locate_objects", {"keys": list(keys)})
-        places = unpack_places(reply["places"])
-        waiting = iter(places)
-        by_key = [next(waiting) if there else None for there in reply["found"]]
-        whole = landing.grant([-1 if p is None else int(p.pieces[:, 1].sum()) for p in by_key])
-        at = 0
-        gone: set[int] = set()
-        for i, place in enumerate(by_key):
-            if place is not None:
-                size = int(place.pieces[:, 1].sum())
-                if not local.read(place, whole.slice(at, at + size)):
-                    gone.add(i)
-                at += size
+        (place,) = unpack_places(reply["places"])
+        sizes, counts = reply["sizes"], reply["counts"]
+        same = local.read_pages(place, landing.grant(sizes))
+        found = landing.objects()
         checksums = iter(reply["checksums"])
-        by_index = [next(checksums) if there else None for there in reply["found"]]
-        found = [None if i in gone else pages for i, pages in enumerate(landing.objects())]
-        return await self._check_objects(
-            keys, [c for i, c in enumerate(by_index) if c is not None and i not in gone], found
-        )
+        kept: list[int] = []
+        ends = np.cumsum(counts)
+        changed = np.flatnonzero(~same)
+        for i, size in enumerate(sizes):
+            if size < 0:
+                continue
+            checksum = next(checksums)
+            if len(changed) and changed.searchsorted(ends[i] - counts[i]) != changed.searchsorted(ends[i]):
+                found[i] = None  # evicted or replaced meanwhile
+            else:
+                kept.append(checksum)
+        return await self._check_objects(keys, kept, found)
 
     async def _check_objects(
         self, keys: Sequence[bytes], checksums: Sequence[int], found: list[PageList | None]

@@ -15,6 +15,7 @@ from kvtransport.manifest import Manifest
 
 from .arena import Slab
 from .eviction import BLOCKED, GONE, Eviction
+from .local import Located
 from .placement import Slot
 from .put import PutState
 
@@ -271,6 +272,16 @@ class FlatGet:
         """One extent; ``meta`` says the size of every object asked for, -1 where it is not there."""
         sizes = [-1 if e is None else e.slab.nbytes for e in self.entries]
         return Manifest.of_objects([sum(e.slab.nbytes for e in self._pinned)], transfer=transfer, meta={"sizes": sizes})
+
+    def place(self) -> tuple[Located, list[int], list[int]]:
+        """Where all of it lies, for who maps the memory; the size of each object asked for (-1: not there), and its pages."""
+        slabs = [None if e is None else e.slab for e in self.entries]
+        there = [s for s in slabs if s is not None]
+        pages = np.concatenate([np.empty(0, np.int32), *(s.pages for s in there)])
+        owners = np.repeat([s.generation for s in there], [len(s.pages) for s in there]).astype(np.int64)
+        sizes = [-1 if s is None else s.nbytes for s in slabs]
+        counts = [0 if s is None else len(s.pages) for s in slabs]
+        return Located(self.sources[SLOT].pieces, pages, owners), sizes, counts
 
     def close(self) -> None:
         """Give the sources up. Idempotent."""

@@ -160,17 +160,21 @@ class LocalMemory:
 
         Raises ProtocolError for a place outside the memory, KVBufferError for an ``into`` of another size.
         """
+        return bool(self.read_pages(place, into).all())
+
+    def read_pages(self, place: Located, into: PageList) -> NDArray[np.bool_]:
+        """:meth:`read`; for every page whether it was still the same afterwards."""
         pages = place.pages
         if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < len(self._current):
             raise ProtocolError("the pool names pages that are not in its memory")
-        if not (self._current[pages] == place.generations).all():
-            return False
+        before: NDArray[np.bool_] = self._current[pages] == place.generations
         try:
             source = PageList(self._view, place.pieces)
         except KVError as error:
             raise ProtocolError(f"the pool names bytes that are not in its memory: {error.message}") from error
         into.copy_from(source)
-        return bool((self._current[pages] == place.generations).all())
+        after: NDArray[np.bool_] = self._current[pages] == place.generations
+        return before & after
 
     def close(self) -> None:
         """Unmap. Idempotent."""

@@ -419,10 +419,9 @@ class PoolServer:
     async def _locate_objects(self, session: Session, args: Args) -> dict[str, Any]:
         self._check_lends()
         get = self.core.plan_get_flat(session.tenant, args.key_list(), deadline=self.core.clock() + 1)
-        places = [Located.of(self.core.arena, pages) for pages in get.objects]
-        answer = {"found": list(get.found), "checksums": list(get.checksums), "places": pack_places(places)}
+        place, sizes, counts = get.place()
         get.close()
-        return answer
+        return {"checksums": list(get.checksums), "sizes": sizes, "counts": counts, "places": pack_places([place])}
 
     def _check_lends(self) -> None:
         if self.only_tenant is None:

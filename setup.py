@@ -10,7 +10,7 @@ import sys
 from setuptools import Extension, setup
 
 SOURCES = ["arena", "cuda", "dlpack", "mapping", "memory", "module", "pages", "pieces", "sockets"]
-SOURCES += ["tls", "tls_records", "tls_stream"]
+SOURCES += ["planes", "tls", "tls_records", "tls_stream"]
 SOURCES += ["engine", "engine_types", "framing", "maps", "receiving", "sending", "stream"]
 SOURCES += ["xxh3_baseline", "xxh3_avx2", "xxh3_avx512"]
 HEADERS = ["engine", "kvnative", "mapping", "openssl", "tls", "xxh3", "xxh3_impl", "third_party/xxhash"]

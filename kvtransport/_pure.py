@@ -24,7 +24,7 @@ from ._pure_arena import Arena, View, _descriptor, _size
 if TYPE_CHECKING:
     from ._native import Memory, Pieces
 
-__all__ = ["Arena", "Hasher", "View", "copy_pages", "hash_pages", "hash_vectors", "recv_pages", "send_pages"]
+__all__ = ["Arena", "Hasher", "View", "copy_pages", "hash_pages", "hash_vectors", "join_planes", "recv_pages", "send_pages", "split_planes"]
 
 _IOV_LIMIT = 1024
 _RECV_BYTES = 256 << 10
@@ -278,3 +278,39 @@ def copy_pages(
             left = left[take:]
             at += take
     return to.nbytes
+
+
+def _planes(pages: _Pages, exponents: Memory, rest: Memory, *, writable: bool) -> tuple[_Plane, _Plane]:
+    planes = [np.frombuffer(_flat(plane, writable=writable), np.uint8) for plane in (exponents, rest)]
+    if pages.nbytes % 2 or any(len(plane) != pages.nbytes // 2 for plane in planes):
+        raise ValueError(
+            f"{pages.nbytes} bytes of 16-bit elements have two planes of {pages.nbytes // 2} bytes, "
+            f"got {len(planes[0])} and {len(planes[1])}"
+        )
+    return planes[0], planes[1]
+
+
+_Plane = npt.NDArray[np.uint8]
+
+
+def split_planes(base: Memory, pieces: Pieces | None, exponents: Memory, rest: Memory) -> int:
+    """Take the bfloat16 elements of a page list apart: exponents, and sign with mantissa. Returns the bytes read.
+
+    Turned left by one bit the exponent is the upper byte; each plane has half the bytes of the pages.
+    """
+    pages = _Pages(base, pieces)
+    upper, lower = _planes(pages, exponents, rest, writable=True)
+    data = np.frombuffer(b"".join(pages.runs(0, pages.nbytes)), "<u2")
+    turned = (data << 1) | (data >> 15)
+    upper[:] = turned >> 8
+    lower[:] = turned & 0xFF
+    return pages.nbytes
+
+
+def join_planes(base: Memory, pieces: Pieces | None, exponents: Memory, rest: Memory) -> int:
+    """Put them together again, into a page list. Returns the bytes written."""
+    pages = _Pages(base, pieces, writable=True)
+    upper, lower = _planes(pages, exponents, rest, writable=False)
+    turned = upper.astype("<u2") << 8 | lower
+    copy_pages(base, pieces, ((turned >> 1) | (turned << 15)).astype("<u2").view(np.uint8), None)
+    return pages.nbytes

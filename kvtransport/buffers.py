@@ -54,17 +54,21 @@ __all__ = [
     "View",
     "copy_pages",
     "hash_pages",
+    "join_planes",
     "native_available",
     "recv_pages",
     "send_pages",
+    "split_planes",
 ]
 
 Hasher = _impl.Hasher
 View = _impl.View
 copy_pages = _impl.copy_pages
 hash_pages = _impl.hash_pages
+join_planes = _impl.join_planes
 recv_pages = _impl.recv_pages
 send_pages = _impl.send_pages
+split_planes = _impl.split_planes
 
 Choice = Literal["auto", "require", "off"]
 

@@ -73,9 +73,11 @@ PyObject *kv_recv_pages(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *kv_hash_pages(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *kv_copy_pages(PyObject *module, PyObject *args, PyObject *kwargs);
 
+PyObject *kv_split_planes(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *kv_join_planes(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *kv_tls_version(PyObject *module, PyObject *unused);
 
-extern const char kv_tls_version_doc[];
+extern const char kv_split_planes_doc[], kv_join_planes_doc[], kv_tls_version_doc[];
 extern const char kv_send_pages_doc[], kv_recv_pages_doc[], kv_hash_pages_doc[], kv_copy_pages_doc[];
 
 int kv_add_arena_types(PyObject *module);

@@ -6,6 +6,8 @@ static PyMethodDef functions[] = {
     {"recv_pages", KV_METHOD(kv_recv_pages), METH_VARARGS | METH_KEYWORDS, kv_recv_pages_doc},
     {"hash_pages", KV_METHOD(kv_hash_pages), METH_VARARGS | METH_KEYWORDS, kv_hash_pages_doc},
     {"copy_pages", KV_METHOD(kv_copy_pages), METH_VARARGS | METH_KEYWORDS, kv_copy_pages_doc},
+    {"split_planes", KV_METHOD(kv_split_planes), METH_VARARGS | METH_KEYWORDS, kv_split_planes_doc},
+    {"join_planes", KV_METHOD(kv_join_planes), METH_VARARGS | METH_KEYWORDS, kv_join_planes_doc},
     {"tls_version", kv_tls_version, METH_NOARGS, kv_tls_version_doc},
     {NULL, NULL, 0, NULL},
 };

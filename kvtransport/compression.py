@@ -1,0 +1,116 @@
+"""Lossless coding of cache bytes: the exponents of bfloat16 shrink, signs and mantissas do not and stay as they are.
+
+A coded payload is self-describing (docs/wire-format.md, "Coded payloads") and decodes to exactly the bytes that went in,
+or raises. Whether coding pays depends on the link: :mod:`kvtransport.flow.coding` decides.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from enum import IntEnum
+from functools import cache
+
+import lz4.block
+
+from .buffers import PageList, join_planes, split_planes
+from .errors import ConfigError, ProtocolError
+
+HEADER: struct.Struct = struct.Struct("<BBHII")
+"""Codec, form, zero, raw bytes, bytes of the coded plane."""
+BF16_PLANES = 1
+"""The form: exponents coded, then signs with mantissas as they are."""
+MAX_RAW = 16 << 20
+"""Bytes of a payload before coding: a chunk's."""
+
+
+class Codec(IntEnum):
+    """Codec ids of the wire format."""
+
+    NONE = 0
+    LZ4 = 1
+    ZSTD = 2
+
+
+def available() -> tuple[Codec, ...]:
+    """The codecs of this process, :attr:`Codec.NONE` first; zstandard is an extra."""
+    try:
+        import zstandard  # noqa: F401
+    except ImportError:
+        return Codec.NONE, Codec.LZ4
+    return Codec.NONE, Codec.LZ4, Codec.ZSTD
+
+
+def encode(pages: PageList, codec: Codec) -> bytes | None:
+    """The bytes of ``pages`` coded as bfloat16; None where that would not make them fewer.
+
+    ``pages`` holds an even number of bytes, at most :data:`MAX_RAW`. Raises ConfigError for a codec that is not there.
+    """
+    nbytes = pages.nbytes
+    if codec is Codec.NONE or nbytes < 2 or nbytes % 2 or nbytes > MAX_RAW:
+        return None
+    exponents, rest = bytearray(nbytes // 2), bytearray(nbytes // 2)
+    split_planes(pages.base, pages.pieces, exponents, rest)
+    plane = _compress(codec, exponents)
+    if HEADER.size + len(plane) + len(rest) >= nbytes:
+        return None
+    return b"".join((HEADER.pack(codec, BF16_PLANES, 0, nbytes, len(plane)), plane, rest))
+
+
+def decode(payload: bytes | memoryview, pages: PageList) -> None:
+    """Put what ``payload`` was coded from into ``pages``. Raises ProtocolError where it is not for exactly these bytes.
+
+    Nothing is written before the whole payload has been decoded, and no more memory is taken than ``pages`` has.
+    """
+    view = memoryview(payload)
+    if len(view) < HEADER.size:
+        raise ProtocolError(f"a coded payload has at least {HEADER.size} bytes, got {len(view)}")
+    number, form, zero, nbytes, plane_bytes = HEADER.unpack_from(view)
+    if form != BF16_PLANES or zero or number not in (Codec.LZ4, Codec.ZSTD):
+        raise ProtocolError(f"codec {number} in form {form} is not known here: expected codec 1 or 2 in form 1")
+    if nbytes != pages.nbytes or nbytes % 2:
+        raise ProtocolError(f"a coded payload for {nbytes} bytes came for a place of {pages.nbytes}")
+    if len(view) != HEADER.size + plane_bytes + nbytes // 2:
+        raise ProtocolError(
+            f"a coded payload of {len(view)} bytes says it has {HEADER.size + plane_bytes + nbytes // 2}"
+        )
+    exponents = _decompress(Codec(number), view[HEADER.size : HEADER.size + plane_bytes], nbytes // 2)
+    join_planes(pages.base, pages.pieces, exponents, view[HEADER.size + plane_bytes :])
+
+
+def _compress(codec: Codec, plane: bytearray) -> bytes:
+    if codec is Codec.LZ4:
+        return bytes(lz4.block.compress(plane, store_size=False))
+    return bytes(_contexts().compressor.compress(plane))
+
+
+def _decompress(codec: Codec, coded: memoryview, nbytes: int) -> bytes:
+    try:
+        if codec is Codec.LZ4:
+            plane = lz4.block.decompress(coded, uncompressed_size=nbytes)
+        else:
+            plane = _contexts().decompressor.decompress(coded, max_output_size=nbytes)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ProtocolError(f"a coded plane cannot be decoded: {error}") from error
+    if len(plane) != nbytes:
+        raise ProtocolError(f"a coded plane has {len(plane)} bytes, expected {nbytes}")
+    return bytes(plane)
+
+
+class _Contexts(threading.local):
+    """zstandard's, kept: making one costs more than a small plane. For one thread each."""
+
+    def __init__(self) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise ConfigError("codec zstd needs the package 'zstandard': pip install 'kvtransport[codecs]'") from None
+        self.compressor = zstandard.ZstdCompressor(level=1, write_content_size=False, write_checksum=False)
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 25)
+
+
+@cache
+def _contexts() -> _Contexts:
+    return _Contexts()

@@ -1,0 +1,64 @@
+"""Whether coding a chunk pays on this link now. Pure: rates are told, the choice is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MARGIN = 1.1
+"""Coding must promise so many times the goodput: it costs processor time that others want too."""
+WEIGHT = 0.2
+"""Of a new observation in the running means."""
+PROBE_EVERY = 256
+"""Chunks between two looks at a codec that was not worth it."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    bytes_per_s: float
+    ratio: float
+
+
+class CodingChoice:
+    """Chooses among ``codecs`` (any keys, the plain way not among them) for each chunk.
+
+    Coding runs beside sending, so a coded chunk takes the longer of coding it and sending what is left of it: it pays
+    where the codec is faster than the link and the bytes become fewer. What is not known is tried once, and again now
+    and then: data changes.
+    """
+
+    def __init__(self, codecs: tuple[int, ...]) -> None:
+        self._codecs = codecs
+        self._seen: dict[int, _Seen] = {}
+        self._chunks = 0
+
+    def observe(self, codec: int, raw: int, coded: int, seconds: float) -> None:
+        """``raw`` bytes became ``coded`` (as many where coding gave up) in ``seconds`` of one processor."""
+        rate, ratio = raw / max(seconds, 1e-9), raw / coded
+        seen = self._seen.get(codec)
+        if seen is None:
+            self._seen[codec] = _Seen(rate, ratio)
+            return
+        seen.bytes_per_s += WEIGHT * (rate - seen.bytes_per_s)
+        seen.ratio += WEIGHT * (ratio - seen.ratio)
+
+    def choose(self, link_bytes_per_s: float | None) -> int | None:
+        """The codec for the next chunk, None: send it as it is. ``link_bytes_per_s``: payload rate, None: not known yet."""
+        self._chunks += 1
+        if link_bytes_per_s is None:
+            return None
+        best, best_rate = None, link_bytes_per_s * MARGIN
+        for codec in self._codecs:
+            seen = self._seen.get(codec)
+            if seen is None:
+                return codec
+            rate = self.goodput(codec, link_bytes_per_s)
+            if rate > best_rate:
+                best, best_rate = codec, rate
+        if best is None and self._chunks % PROBE_EVERY == 0 and self._codecs:
+            return self._codecs[self._chunks // PROBE_EVERY % len(self._codecs)]
+        return best
+
+    def goodput(self, codec: int, link_bytes_per_s: float) -> float:
+        """Raw bytes per second that ``codec`` promises on such a link, by what was seen of it."""
+        seen = self._seen[codec]
+        return min(seen.bytes_per_s, seen.ratio * link_bytes_per_s)

@@ -1,0 +1,175 @@
+"""Coded payloads: exactly the bytes that went in or an error; coding only where it pays."""
+
+from __future__ import annotations
+
+import random
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtransport import _native, _pure
+from kvtransport.buffers import PageList
+from kvtransport.compression import HEADER, Codec, available, decode, encode
+from kvtransport.errors import ProtocolError
+from kvtransport.flow.coding import MARGIN, CodingChoice
+
+CODECS = [Codec.LZ4, Codec.ZSTD]
+
+
+def bf16(count: int, seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal(count).astype(np.float32)
+    return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+
+
+def scattered(data: np.ndarray, page: int, seed: int = 0) -> PageList:
+    """The same bytes in shuffled pages."""
+    count = -(-len(data) // page)
+    base = np.zeros(2 * count * page, np.uint8)
+    pages = PageList.pages(
+        base, [i * page for i in random.Random(seed).sample(range(2 * count), count)], page, len(data)
+    )
+    _native.copy_pages(pages.base, pages.pieces, data, None)
+    return pages
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("page", [1, 3, 16, 2304, 1 << 20])
+def test_what_went_in_comes_out(codec, page):
+    data = bf16(20_000)
+    coded = encode(scattered(data, page), codec)
+    assert coded is not None
+    assert len(coded) < len(data) / 1.1
+    into = scattered(np.zeros_like(data), page, 1)
+    decode(coded, into)
+    assert into.tobytes() == data.tobytes()
+
+
+@given(st.binary(min_size=2, max_size=400).filter(lambda b: len(b) % 2 == 0), st.integers(1, 9), st.booleans())
+def test_planes_of_any_bytes_in_any_pages(data, page, native):
+    here, there = (_native, _pure) if native else (_pure, _native)
+    source = scattered(np.frombuffer(data, np.uint8), page)
+    planes = [bytearray(len(data) // 2) for _ in range(2)]
+    again = [bytearray(len(data) // 2) for _ in range(2)]
+    assert here.split_planes(source.base, source.pieces, *planes) == len(data)
+    there.split_planes(source.base, source.pieces, *again)
+    assert planes == again
+    into = scattered(np.zeros(len(data), np.uint8), page, 1)
+    assert there.join_planes(into.base, into.pieces, *planes) == len(data)
+    assert into.tobytes() == data
+
+
+@pytest.mark.parametrize("module", [_native, _pure])
+def test_planes_must_fit(module):
+    for nbytes, planes in ((3, (1, 1)), (4, (2, 1)), (4, (3, 2))):
+        with pytest.raises(ValueError, match="two planes"):
+            module.split_planes(bytes(nbytes), None, *map(bytearray, planes))
+        with pytest.raises(ValueError, match="two planes"):
+            module.join_planes(bytearray(nbytes), None, *map(bytes, planes))
+    with pytest.raises(BufferError):
+        module.join_planes(bytes(2), None, b"a", b"b")
+
+
+def test_what_does_not_shrink_is_left_alone():
+    noise = PageList.of(np.random.default_rng(1).integers(0, 256, 65_536, np.uint8))
+    assert encode(noise, Codec.LZ4) is None
+    assert encode(PageList.of(bytes(3)), Codec.LZ4) is None
+    assert encode(PageList.of(bytes(64)), Codec.NONE) is None
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_damage_is_an_error_or_other_bytes_but_never_outside(codec):
+    """The chunk's checksum is what notices other bytes; here nothing may crash, hang or write elsewhere."""
+    data = bf16(3000)
+    coded = encode(PageList.of(data), codec)
+    rng = random.Random(1)
+    for _ in range(300):
+        bad = bytearray(coded)
+        for _ in range(rng.randrange(1, 4)):
+            bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        memory = np.full(len(data) + 200, 0xAA, np.uint8)
+        try:
+            decode(bytes(bad), PageList.of(memory[100:-100]))
+        except ProtocolError:
+            assert (memory == 0xAA).all()
+        assert (memory[:100] == 0xAA).all()
+        assert (memory[-100:] == 0xAA).all()
+
+
+@pytest.mark.parametrize(
+    ("payload", "says"),
+    [
+        (b"", "at least 12 bytes"),
+        (HEADER.pack(3, 1, 0, 4, 0) + b"xx", "is not known here"),
+        (HEADER.pack(1, 2, 0, 4, 0) + b"xx", "is not known here"),
+        (HEADER.pack(1, 1, 0, 6, 0) + b"xxx", "came for a place of 4"),
+        (HEADER.pack(1, 1, 0, 4, 2**32 - 1) + b"xx", "says it has"),
+        (HEADER.pack(1, 1, 0, 4, 3) + b"\xff\xff\xff" + b"xx", "cannot be decoded|has .* bytes"),
+        (HEADER.pack(2, 1, 0, 4, 3) + b"\xff\xff\xff" + b"xx", "cannot be decoded"),
+    ],
+)
+def test_payloads_that_are_none(payload, says):
+    with pytest.raises(ProtocolError, match=says):
+        decode(payload, PageList.of(bytearray(4)))
+
+
+def test_a_bomb_does_not_go_off():
+    """A few coded bytes that claim gigabytes take no more memory than there is room for."""
+    zstandard = pytest.importorskip("zstandard")
+    bomb = zstandard.ZstdCompressor(level=1).compress(bytes(64 << 20))
+    with pytest.raises(ProtocolError):
+        decode(HEADER.pack(2, 1, 0, 4, len(bomb)) + bomb + b"xx", PageList.of(bytearray(4)))
+    assert struct.calcsize("<BBHII") == HEADER.size
+
+
+def test_codecs_of_this_process():
+    assert available() == (Codec.NONE, Codec.LZ4, Codec.ZSTD)
+
+
+# -- the choice ----------------------------------------------------------------------------------------
+
+GBPS = 1e9 / 8
+
+
+def chosen(choice: CodingChoice, link: float) -> list[int | None]:
+    return [choice.choose(link) for _ in range(200)]
+
+
+def test_unknown_codecs_are_tried_once_and_a_link_that_is_not_known_is_left_alone():
+    choice = CodingChoice((1, 2))
+    assert choice.choose(None) is None
+    assert choice.choose(1 * GBPS) == 1
+    choice.observe(1, 100, 80, 1e-7)
+    assert choice.choose(1 * GBPS) == 2
+
+
+@pytest.mark.parametrize("gbps", [0.1, 0.5, 1, 2, 3, 4, 5, 6, 8, 10, 25, 40, 100])
+def test_coding_never_promises_less_than_none(gbps):
+    """lz4: 0.9 GB/s, 1.2 times; zstd: 0.6 GB/s, 1.47 times."""
+    choice = CodingChoice((1, 2))
+    for codec, rate, ratio in ((1, 0.9e9, 1.2), (2, 0.6e9, 1.47)):
+        choice.observe(codec, 1 << 20, int((1 << 20) / ratio), (1 << 20) / rate)
+    link = gbps * GBPS
+    for codec in chosen(choice, link):
+        if codec is not None:
+            assert choice.goodput(codec, link) > link * MARGIN
+    best = max((1, 2), key=lambda c: choice.goodput(c, link))
+    if choice.goodput(best, link) > link * MARGIN:
+        assert set(chosen(choice, link)) == {best}
+    if gbps >= 8:
+        assert set(chosen(CodingChoice(()), link)) == {None}
+
+
+def test_data_that_stops_shrinking_is_no_longer_coded_and_looked_at_again():
+    choice = CodingChoice((1,))
+    choice.observe(1, 150, 100, 1e-9)
+    assert choice.choose(GBPS) == 1
+    for _ in range(20):
+        choice.observe(1, 100, 100, 1e-9)
+    later = [choice.choose(GBPS) for _ in range(600)]
+    assert 1 <= later.count(1) <= 3
+    for _ in range(20):
+        choice.observe(1, 150, 100, 1e-9)
+    assert choice.choose(GBPS) == 1

@@ -13,7 +13,7 @@ from . import commands_paths as _paths  # noqa: F401  registers its commands
 from . import loopback as loopback_command
 from . import models as models_command
 from .app import JsonOption, app
-from .output import console, write_json
+from .output import console, write_result
 
 
 @app.command(
@@ -28,7 +28,7 @@ def models(json_to: JsonOption = None) -> None:
     computed again: published, computed, and why where they differ. K is 1,024 tokens.
     """
     models_command.render(console(json_to))
-    write_json(json_to, {"command": "models", **models_command.report()})
+    write_result(json_to, "models", models_command.report())
 
 
 @app.command(
@@ -86,7 +86,7 @@ def loopback(
         tls=tls,
     )
     body = loopback_command.run(options, console(json_to))
-    write_json(json_to, {"command": "loopback", **body})
+    write_result(json_to, "loopback", body)
     if not body["verified"]:
         raise IntegrityError("bytes that arrived are not the bytes that were sent")
 

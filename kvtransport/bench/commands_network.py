@@ -11,7 +11,7 @@ from . import peers as peers_command
 from . import plots
 from . import wan as wan_command
 from .app import JsonOption, PlotOption, app, integers, numbers
-from .output import console, write_json
+from .output import console, write_result
 from .report import load
 
 
@@ -64,11 +64,11 @@ def wan(
 
     def keep(body: dict[str, Any]) -> None:
         if json_to != "-":  # half an hour is not lost with the last minute
-            write_json(json_to, {"command": "wan", **body})
+            write_result(json_to, "wan", body)
 
     earlier = None if screened is None else load(screened)
     body = wan_command.run(wan_command.quick(options) if quick else options, console(json_to), keep, earlier)
-    write_json(json_to, {"command": "wan", **body})
+    write_result(json_to, "wan", body)
     plots.save(plot, {"command": "wan", **body})
 
 
@@ -105,6 +105,6 @@ def peers(
         region_bytes=2 * move_bytes,
     )
     plots.check(plot)
-    body = {"command": "peers", **peers_command.run(options, console(json_to))}
-    write_json(json_to, body)
-    plots.save(plot, body)
+    body = peers_command.run(options, console(json_to))
+    write_result(json_to, "peers", body)
+    plots.save(plot, {"command": "peers", **body})

@@ -18,7 +18,7 @@ from . import send as send_command
 from . import serve as serve_command
 from . import sweep as sweep_command
 from .app import JsonOption, PlotOption, app, integers
-from .output import console, write_json
+from .output import console, write_result
 from .path import emulation
 
 PORT = 5_207
@@ -80,9 +80,9 @@ def sweep(
         baseline=baseline,
     )
     plots.check(plot)
-    body = {"command": "sweep", **sweep_command.run(options, console(json_to))}
-    write_json(json_to, body)
-    plots.save(plot, body)
+    body = sweep_command.run(options, console(json_to))
+    write_result(json_to, "sweep", body)
+    plots.save(plot, {"command": "sweep", **body})
 
 
 @app.command(
@@ -125,9 +125,9 @@ def pipeline(
         repeat=repeat,
     )
     plots.check(plot)
-    body = {"command": "pipeline", **pipeline_command.run(options, console(json_to))}
-    write_json(json_to, body)
-    plots.save(plot, body)
+    body = pipeline_command.run(options, console(json_to))
+    write_result(json_to, "pipeline", body)
+    plots.save(plot, {"command": "pipeline", **body})
 
 
 @app.command(
@@ -158,9 +158,9 @@ def crowd(
         conditions=emulation(rtt, rate_mbit, loss),
     )
     plots.check(plot)
-    body = {"command": "crowd", **crowd_command.run(options, console(json_to))}
-    write_json(json_to, body)
-    plots.save(plot, body)
+    body = crowd_command.run(options, console(json_to))
+    write_result(json_to, "crowd", body)
+    plots.save(plot, {"command": "crowd", **body})
 
 
 @app.command(
@@ -249,7 +249,7 @@ def send(
         token=token,
     )
     body = asyncio.run(send_command.run(options, console(json_to)))
-    write_json(json_to, {"command": "send", **body})
+    write_result(json_to, "send", body)
 
 
 @app.command(
@@ -268,7 +268,7 @@ def doctor(
     Nothing is changed; each finding comes with the command that fixes it.
     """
     options = doctor_command.DoctorOptions(rate_gbps, rtt, connections, interface)
-    write_json(json_to, {"command": "doctor", **doctor_command.run(options, console(json_to))})
+    write_result(json_to, "doctor", doctor_command.run(options, console(json_to)))
 
 
 @app.command(
@@ -283,4 +283,4 @@ def report(
 ) -> None:
     """One HTML page with tables and plots from saved JSON; it loads nothing from elsewhere. Needs matplotlib."""
     body = report_command.run(files, out, title, console(json_to))
-    write_json(json_to, {"command": "report", **body})
+    write_result(json_to, "report", body)

@@ -16,6 +16,10 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 SEEDS ?= 10000
+RUNS ?= 2
+ABORTS ?= 10000
+FAULTS_OUT ?= benchmarks/results/local/faults.json
+FAULTS_ARGS ?=
 SIM_OUT ?= benchmarks/results/local/sim
 # Twice quiet: errors only.
 PIP_FLAGS ?= -qq
@@ -32,7 +36,7 @@ DEMO_STAMP := $(DEMO_VENV)/.installed
 TEST_STAMP := $(TEST_VENV)/.installed
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help demo demo-real test test-sim test-engines test-engines-quick bench lint types test-native fuzz clean
+.PHONY: help demo demo-real test test-sim test-faults test-engines test-engines-quick bench lint types test-native fuzz clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r t d; do printf '  %-18s %s\n' "$$t" "$$d"; done
@@ -84,6 +88,9 @@ test-sim: $(TEST_STAMP) ## Transport over a simulated network: SEEDS=10000 sched
 	$(TEST_VENV)/bin/python -m tests.sim.transport --mutations --json $(SIM_OUT)/mutations.json
 
 engines = KVPOOL_TEST_ENGINES=1 ENGINES_OUT="$(ENGINES_OUT)" $(VLLM_VENV)/bin/python -m pytest --confcutdir=tests/engines
+
+test-faults: $(TEST_STAMP) ## Faults with real sockets in network namespaces; needs root; table, JSON (RUNS=2 ABORTS=10000 FAULTS_ARGS=)
+	$(TEST_VENV)/bin/python -m tests.faults --runs $(RUNS) --aborts $(ABORTS) --json $(FAULTS_OUT) $(FAULTS_ARGS)
 
 test-engines: $(VLLM_STAMP) ## Real vLLM engines on the CPU, prefill and decode apart; table, JSON and plot in ENGINES_OUT
 	$(engines) tests/engines $(PYTEST_ARGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -36,6 +36,9 @@ from .wire.state import ConnectionMachine, Role
 
 Handler = Callable[[Link, dict[str, Any]], Awaitable[dict[str, Any]]]
 """Answers a verb: gets the calling link and the arguments, returns the result or raises a KVError."""
+
+MAX_GIVEN_UP = 4_096
+"""Transfers whose consumer gave up before they were opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,8 @@ class Endpoint:
         self._is_real = network is None
         self._network: Network = network or self.admission.network()
         self._listeners: list[Listener] = []
+        self._given_up: OrderedDict[bytes, bytes] = OrderedDict()
+        """The answer to an OPEN that comes too late. (Not the error: its traceback would keep the caller's buffers.)"""
         self._links: dict[bytes, Link] = {}
         self._handshakes: set[_Handshake] = set()
         self._expected: dict[bytes, tuple[Receiver, Link | None]] = {}
@@ -281,6 +286,7 @@ class Endpoint:
             raise LimitError(
                 f"{self.config.max_expected} transfers are expected already", fault=Fault.LOCAL, retryable=True
             )
+        self._given_up.pop(transfer, None)
         receiver = Receiver(self, transfer, wanted)
         self._expected[transfer] = (receiver, link)
         waiting = self._waiting.get(transfer)
@@ -304,6 +310,11 @@ class Endpoint:
                 return
         if header.transfer in self._waiting:
             return
+        given_up = self._given_up.get(header.transfer)
+        if given_up is not None:
+            link.send(given_up)
+            link.finish(header.transfer, given_up)
+            return
         waiting_bytes = sum(len(w.body.manifest) for w in self._waiting.values()) + len(body.manifest)
         if len(self._waiting) >= self.config.max_waiting_opens or waiting_bytes > self.config.max_waiting_bytes:
             error = LimitError(
@@ -325,8 +336,20 @@ class Endpoint:
         link.finish(header.transfer)
         return True
 
+    def expected_over(self, link: Link, transfer: bytes) -> Receiver | None:
+        """The receiver that nobody has opened yet and whose producer may be the peer of ``link``."""
+        receiver, only = self._expected.get(transfer, (None, None))
+        return receiver if receiver is not None and receiver.waiting and only in (None, link) else None
+
     def forget_receiver(self, receiver: Receiver) -> None:
         self._expected.pop(receiver.transfer, None)
+        if receiver.error is not None and not receiver.was_opened:
+            # Its producer may come later, and should not wait for somebody who has gone.
+            self._given_up[receiver.transfer] = encode_control(
+                FrameType.ERROR, bodies.Error.of(receiver.error), transfer=receiver.transfer
+            )
+            while len(self._given_up) > MAX_GIVEN_UP:
+                self._given_up.popitem(last=False)
 
     def forget_link(self, link: Link) -> None:
         self._links.pop(link.id, None)

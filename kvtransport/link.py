@@ -152,6 +152,7 @@ class Link:
             spill=config.spill,
             area=self._endpoint.spill_area,
         )
+        self._finished.pop(manifest.transfer, None)
         self._outgoing[manifest.transfer] = sender
         return sender
 
@@ -360,7 +361,9 @@ class Link:
         elif kind is FrameType.REPLY:
             self._on_reply(header, payload)
         elif kind is FrameType.OPEN:
-            if self._finished.get(header.transfer) == _WITHDRAWN:
+            if header.transfer in self._finished and self._endpoint.expected_over(self, header.transfer) is None:
+                if last := self._finished[header.transfer]:
+                    self.send(last)  # said again, since it was not heard
                 return
             body = decode_control(header, payload, verified=True)
             assert isinstance(body, bodies.Open)
@@ -384,6 +387,9 @@ class Link:
         elif kind in (FrameType.CANCEL, FrameType.ERROR):
             # It may overtake its OPEN, which means nothing then, or follow one that waited here until its deadline.
             self.finish(header.transfer, _WITHDRAWN)
+            expected = self._endpoint.expected_over(self, header.transfer)
+            if expected is not None:
+                expected.on_frame(header, payload)
         else:
             raise ProtocolError(f"{kind.name} for transfer {header.transfer.hex()}, which was never opened")
 
@@ -391,6 +397,7 @@ class Link:
 
     def adopt(self, receiver: Receiver) -> None:
         """Route this transfer's frames to ``receiver``."""
+        self._finished.pop(receiver.transfer, None)
         self._incoming[receiver.transfer] = receiver
 
     def forget_sender(self, sender: Sender, last: bytes | None) -> None:

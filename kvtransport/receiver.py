@@ -135,6 +135,10 @@ class Receiver:
         """Whether no producer has opened this transfer yet."""
         return self._link is None and self._error is None
 
+    @property
+    def was_opened(self) -> bool:
+        return self._link is not None
+
     async def opened(self) -> Manifest:
         """Wait for the producer's OPEN. Raises the transfer's error."""
         return await asyncio.shield(self._opened)

@@ -375,3 +375,50 @@ def test_back_off() -> None:
     assert [policy.delay(n, 1.0) for n in range(7)] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0]
     assert policy.delay(0, 0.0) == 0.025
     assert policy.delay(10_000, 0.5) == 1.5
+
+
+# -- given up before it began -----------------------------------------------------------------------------------
+
+
+async def test_a_producer_is_told_that_its_consumer_gave_up_before_it_opened(pair, make_manifest):
+    manifest = make_manifest(500)
+    receiver = pair.acceptor.expect(manifest.transfer, Expectation(grant=lambda m: {}))
+    await receiver.cancel("somebody else had it")
+    sender = pair.link.open(manifest, deadline_s=60)
+    with pytest.raises(TransferCancelledError, match="the consumer says: cancelled by this side: somebody else had it"):
+        await asyncio.wait_for(sender.accepted(), SOON_S)
+    assert not pair.acceptor._waiting
+
+
+async def test_what_was_given_up_may_be_expected_again(pair, hybrid, make_manifest):
+    manifest = make_manifest(500)
+    await pair.acceptor.expect(manifest.transfer, Expectation(grant=lambda m: {})).cancel()
+    source, target, sender, receiver, _ = begin(pair, manifest, hybrid)
+    await asyncio.wait_for(asyncio.gather(sender.seal(), receiver.sealed()), SOON_S)
+    assert target.bytes() == source.bytes()
+
+
+async def test_a_consumer_is_told_that_its_producer_gave_up_before_the_open_arrived(watched, make_manifest):
+    """Link down: the OPEN is never heard, the cancel is the first word about this transfer."""
+    manifest = make_manifest(500)
+    bound = watched.acceptor.expect(manifest.transfer, Expectation(grant=lambda m: {}), link=watched.acceptor.links[0])
+    other = make_manifest(400)
+    elsewhere = Endpoint(CONFIG, network=watched.network)
+    third = await elsewhere.connect(*watched.address, connections=1)
+    unrelated = watched.acceptor.expect(
+        other.transfer,
+        Expectation(grant=lambda m: {}),
+        link=next(e for e in watched.acceptor.links if e.peer_incarnation == elsewhere.incarnation),
+    )
+    watched.network.unreachable = True
+    cut(watched.dialler)
+    for gone in (manifest, other):
+        await watched.link.open(gone).cancel("changed its mind")
+    watched.network.unreachable = False
+    with pytest.raises(TransferCancelledError, match="changed its mind"):
+        await asyncio.wait_for(bound.sealed(), SOON_S)
+    # What is expected from somebody else is none of its business.
+    assert unrelated.error is None
+    await unrelated.cancel()
+    await third.close()
+    await elsewhere.close()

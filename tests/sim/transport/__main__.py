@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from .mutations import MUTATIONS, mutated
@@ -106,7 +106,8 @@ def _many(first: int, last: int, mutation: str | None, out: Path | None) -> int:
         print(f"{name}: " + ", ".join(f"{n} {key}" for key, n in getattr(tally, name).most_common()))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(asdict(tally), indent=1) + "\n")
+        # Not asdict: it takes a Counter apart.
+        out.write_text(json.dumps({f.name: getattr(tally, f.name) for f in fields(tally)}, indent=1) + "\n")
     if tally.failed:
         also = f' --mutation "{mutation}"' if mutation else ""
         print(f"replay one with: python -m tests.sim.transport --seed {tally.failed[0]}{also}")

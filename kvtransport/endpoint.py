@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from .admission import Admission
-from .buffers import PageList
-from .connection import Connection, OutFrame
+from .connection import AnyConnection, Connection, Owner
+from .engine.base import Lanes
+from .engine.native import Engine
+from .engine.python import PythonLanes
 from .errors import (
     ConnectError,
     Fault,
@@ -49,6 +51,7 @@ class EndpointConfig:
     are those it accepts; whoever dials in proves one, or shows a client certificate. ``insecure`` must be True to listen
     on, or dial to, an address beyond loopback without that. A link without a connection is dialled again, or
     waited for, for ``reconnect_s``; its transfers stay as they are meanwhile (0: a lost link has ended).
+    ``io_threads`` move the bytes of TCP connections (None: half the cores; 0: the event loop does, in Python).
     """
 
     name: str = ""
@@ -67,6 +70,7 @@ class EndpointConfig:
     max_waiting_bytes: int = 64 << 20
     max_expected: int = 65_536
     chunk_bytes: int = 1 << 20
+    io_threads: int | None = None
     spill: SpillPolicy = field(default_factory=SpillPolicy)
     limits: Limits = DEFAULT_LIMITS
     tcp: TcpOptions = field(default_factory=TcpOptions)
@@ -100,6 +104,7 @@ class Endpoint:
         self.admission = Admission(self.config, self._refuse)
         self._is_real = network is None
         self._network: Network = network or self.admission.network()
+        self._engine = Engine.make(self.config.io_threads) if self._is_real and self.admission.native else None
         self._listeners: list[Listener] = []
         self._given_up: OrderedDict[bytes, bytes] = OrderedDict()
         """The answer to an OPEN that comes too late. (Not the error: its traceback would keep the caller's buffers.)"""
@@ -201,7 +206,10 @@ class Endpoint:
             stream.abort()
             raise _closing()
         machine = ConnectionMachine(Role.DIAL, incarnation=self.incarnation, peer_incarnation=peer_incarnation)
-        handshake = _Handshake(self, stream, machine, join)
+        try:
+            handshake = _Handshake(self, stream, machine, join)
+        except OSError as error:
+            raise ConnectError(f"cannot use this connection to {stream.peer}: {error.strerror or error}") from error
         handshake.connection.index = index
         try:
             handshake.start()
@@ -216,7 +224,14 @@ class Endpoint:
             stream.abort()
             self._refuse(stream.peer, LimitError("too many handshakes are in progress", retryable=True))
             return
-        _Handshake(self, stream, ConnectionMachine(Role.ACCEPT, incarnation=self.incarnation), self._welcome).start()
+        machine = ConnectionMachine(Role.ACCEPT, incarnation=self.incarnation)
+        try:
+            handshake = _Handshake(self, stream, machine, self._welcome)
+        except OSError as error:  # no memory, no descriptors for the I/O engine
+            self.admission.gate.leave(address_of(stream.peer))
+            self._refuse(stream.peer, ConnectError(f"cannot serve this connection: {error.strerror or error}"))
+            return
+        handshake.start()
 
     def _welcome(self, handshake: _Handshake) -> None:
         """Let a dialling peer in. Raises KVError to refuse it."""
@@ -267,6 +282,16 @@ class Endpoint:
             if link.down:
                 link.end(PeerLostError(f"{link.peer} was away when its place was needed: too many links"))
                 return
+
+    # -- who moves the bytes -------------------------------------------------------------------
+
+    def new_connection(self, stream: ByteStream, owner: Owner) -> AnyConnection:
+        if self._engine is not None and self._engine.carries(stream):
+            return self._engine.connection(stream, owner, limits=self.config.limits)
+        return Connection(stream, owner, limits=self.config.limits, now=self._loop.time())
+
+    def new_lanes(self) -> Lanes:
+        return PythonLanes() if self._engine is None else self._engine.lanes()
 
     # -- transfers -----------------------------------------------------------------------------
 
@@ -402,6 +427,8 @@ class Endpoint:
         for receiver, _ in list(self._expected.values()):
             await receiver.cancel("the endpoint was closed")
         self.spill_area.close()
+        if self._engine is not None:
+            self._engine.close()
 
 
 @dataclass(slots=True)
@@ -422,7 +449,7 @@ class _Handshake:
         self._join = join
         loop = asyncio.get_running_loop()
         self.machine = machine
-        self.connection = Connection(stream, self, limits=endpoint.config.limits, now=loop.time())
+        self.connection = endpoint.new_connection(stream, self)
         self.done: asyncio.Future[None] = loop.create_future()
         self.done.add_done_callback(lambda f: f.cancelled() or f.exception())
         self._timer = loop.call_later(endpoint.config.handshake_timeout_s, self._expired)
@@ -458,7 +485,7 @@ class _Handshake:
 
     # -- kvtransport.connection.Owner ----------------------------------------------------------
 
-    def control(self, connection: Connection, header: Header, payload: bytes) -> None:
+    def control(self, connection: AnyConnection, header: Header, payload: bytes) -> None:
         self.machine.receive(header)
         body = decode_control(header, payload, verified=True)
         if isinstance(body, bodies.Error):
@@ -469,20 +496,11 @@ class _Handshake:
         self._join(self)
         self._settle()
 
-    def place_data(self, connection: Connection, header: Header) -> PageList:
+    def stray(self, connection: AnyConnection, header: Header) -> None:
         self.machine.receive(header)
         raise ProtocolError("got DATA before the handshake was over")
 
-    def data_done(self, connection: Connection, header: Header, verified: bool) -> None:
-        raise AssertionError("no data is placed during a handshake")
-
-    def next_data(self, connection: Connection) -> OutFrame | None:
-        return None
-
-    def sent_data(self, connection: Connection, frame: OutFrame) -> None:
-        raise AssertionError("no data is sent during a handshake")
-
-    def lost(self, connection: Connection, error: KVError) -> None:
+    def lost(self, connection: AnyConnection, error: KVError) -> None:
         self._timer.cancel()
         self._endpoint.handshake_over(self, error)
         if not self.done.done():

@@ -12,8 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .buffers import PageList
-from .connection import Connection, OutFrame
+from .connection import AnyConnection
 from .errors import (
     DeadlineError,
     Fault,
@@ -26,7 +25,6 @@ from .errors import (
 )
 from .flow.backoff import Backoff
 from .flow.keepalive import Keepalive, Verdict
-from .flow.turns import Turns
 from .identity import Identity
 from .manifest import Manifest
 from .receiver import Receiver
@@ -50,8 +48,6 @@ MAX_REPEATED = 256
 """Transfers that ended last and whose last word is repeated when a connection is lost."""
 MAX_FINISHED = 4_096
 """Transfers that ended here and may still have frames on their way."""
-PUMP_ROUNDS = 4
-"""Frames per connection before the loop turns to reading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +81,18 @@ class Link:
         """Who dialled in, as it proved; None: it did not have to, or this side dialled."""
         self.dialled = dialled
         self.wanted = hello.count
-        self.connections: list[Connection] = []
+        self.connections: list[AnyConnection] = []
         self.error: KVError | None = None
-        self._machines: dict[Connection, ConnectionMachine] = {}
+        self._machines: dict[AnyConnection, ConnectionMachine] = {}
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._outgoing: dict[bytes, Sender] = {}
         self._incoming: dict[bytes, Receiver] = {}
         self._finished: OrderedDict[bytes, bytes | None] = OrderedDict()
-        self._turns: Turns[Sender] = Turns()
-        self._calls: dict[int, tuple[asyncio.Future[dict[str, Any]], Connection | None]] = {}
+        self.lanes = endpoint.new_lanes()
+        """What moves the chunks of its transfers."""
+        self._calls: dict[int, tuple[asyncio.Future[dict[str, Any]], AnyConnection | None]] = {}
         self._next_call = 0
         self._serving: set[asyncio.Task[None]] = set()
-        self._pumping = False
         self._sent_before = 0
         self._received_before = 0
         config = endpoint.config
@@ -206,20 +202,21 @@ class Link:
 
     # -- connections ---------------------------------------------------------------------------
 
-    def join(self, connection: Connection, machine: ConnectionMachine) -> None:
+    def join(self, connection: AnyConnection, machine: ConnectionMachine) -> None:
         """A connection whose handshake is done becomes part of the link."""
         connection.owner = self
         connection.established = True
         connection.last_heard = self._loop.time()
         self.connections.append(connection)
         self._machines[connection] = machine
+        self.lanes.join(connection)
         self._reconnect.joined()
         if connection.index in self._joined:
             # On this very connection: what else there seems to be may be as dead as the one it replaces.
             self._say_again(connection)
         self._joined.add(connection.index)
         self._wake()
-        self._schedule()
+        self.lanes.schedule()
 
     def redial(self, dial: Callable[[int], Awaitable[None]]) -> None:
         """This side dialled, and dials again what is lost: ``dial(index)`` makes the connection in that place."""
@@ -235,9 +232,10 @@ class Link:
         for connection in [c for c in self.connections if c.index == index]:
             connection.fail(PeerLostError(f"{self.peer} replaced this connection by a new one"), abort=True)
 
-    def lost(self, connection: Connection, error: KVError) -> None:
+    def lost(self, connection: AnyConnection, error: KVError) -> None:
         if connection in self.connections:
             self.connections.remove(connection)
+            self.lanes.leave(connection)
         self._machines.pop(connection, None)
         self._sent_before += connection.sent_bytes
         self._received_before += connection.received_bytes
@@ -256,7 +254,7 @@ class Link:
         elif self.connections:
             self._say_again()
 
-    def _say_again(self, via: Connection | None = None) -> None:
+    def _say_again(self, via: AnyConnection | None = None) -> None:
         """Control frames may have been lost with a connection: what is still true is said again, all of it idempotent."""
         for receiver in list(self._incoming.values()):
             receiver.say_again(via)
@@ -279,7 +277,7 @@ class Link:
             if verdict is Verdict.PING:
                 connection.last_ping = now
                 connection.send_control(encode_control(FrameType.PING, offset=int(now * 1e6)))
-                self._schedule()
+                self.lanes.schedule()
             elif verdict is Verdict.DEAD:
                 silent = now - connection.last_heard
                 error = PeerFrozenError(
@@ -291,62 +289,22 @@ class Link:
 
     # -- sending -------------------------------------------------------------------------------
 
-    def send(self, frame: bytes, via: Connection | None = None) -> Connection | None:
+    def send(self, frame: bytes, via: AnyConnection | None = None) -> AnyConnection | None:
         """Queue a control frame on ``via``, or on the connection that is least busy; returns it, None when there is none."""
         if not self.connections:
             return None
-        connection = via or min(self.connections, key=lambda c: (c.blocked, c.sending is not None))
+        connection = via or min(self.connections, key=_load)
         connection.send_control(frame)
-        self._schedule()
+        self.lanes.schedule()
         return connection
-
-    def has_work(self, sender: Sender) -> None:
-        if sender.transfer in self._outgoing and not self.closed:
-            self._turns.add(sender, sender.priority)
-            self._schedule()
-
-    def _schedule(self) -> None:
-        if not self._pumping and not self.closed:
-            self._pumping = True
-            self._loop.call_soon(self._pump)
-
-    def _pump(self) -> None:
-        self._pumping = False
-        ready = [c for c in self.connections if not c.blocked]
-        for _ in range(PUMP_ROUNDS):
-            # One frame each in turn: a small transfer is striped too, instead of filling the first socket.
-            ready = [c for c in ready if c.pump(1)]
-            if not ready:
-                return
-        self._schedule()
-
-    def next_data(self, connection: Connection) -> OutFrame | None:
-        while (sender := self._turns.next()) is not None:
-            frame = sender.next_data(connection)
-            if frame is not None:
-                return frame
-            self._turns.discard(sender)
-        return None
-
-    def sent_data(self, connection: Connection, frame: OutFrame) -> None:
-        """Nothing to do: a chunk is done when it is acknowledged."""
 
     # -- receiving -----------------------------------------------------------------------------
 
-    def place_data(self, connection: Connection, header: Header) -> PageList:
-        receiver = self._incoming.get(header.transfer)
-        if receiver is not None:
-            return receiver.place_data(connection, header)
-        if header.transfer not in self._finished:
+    def stray(self, connection: AnyConnection, header: Header) -> None:
+        if header.transfer not in self._finished and header.transfer not in self._incoming:
             raise ProtocolError(f"data for transfer {header.transfer.hex()}, which was never accepted")
-        return PageList.scratch(header.length)
 
-    def data_done(self, connection: Connection, header: Header, verified: bool) -> None:
-        receiver = self._incoming.get(header.transfer)
-        if receiver is not None:
-            receiver.data_done(connection, header, verified)
-
-    def control(self, connection: Connection, header: Header, payload: bytes) -> None:
+    def control(self, connection: AnyConnection, header: Header, payload: bytes) -> None:
         machine = self._machines[connection]
         machine.receive(header)
         if machine.state is not ConnectionState.READY and header.type is not FrameType.ERROR:
@@ -355,7 +313,7 @@ class Link:
         if kind is FrameType.PING:
             if not header.flags & Flag.REPLY:
                 connection.send_control(encode_control(FrameType.PING, offset=header.offset, flags=Flag.REPLY))
-                self._schedule()
+                self.lanes.schedule()
         elif kind is FrameType.CALL:
             self._serve(connection, header, payload)
         elif kind is FrameType.REPLY:
@@ -402,7 +360,6 @@ class Link:
 
     def forget_sender(self, sender: Sender, last: bytes | None) -> None:
         """``last``: the last word said to the consumer, if this side had it."""
-        self._turns.discard(sender)
         if self._outgoing.pop(sender.transfer, None) is not None:
             self.finish(sender.transfer, last)
 
@@ -419,7 +376,7 @@ class Link:
 
     # -- calls ---------------------------------------------------------------------------------
 
-    def _serve(self, connection: Connection, header: Header, payload: bytes) -> None:
+    def _serve(self, connection: AnyConnection, header: Header, payload: bytes) -> None:
         call = decode_control(header, payload, verified=True)
         assert isinstance(call, bodies.Call)
         if len(self._serving) >= MAX_CALLS:
@@ -433,7 +390,7 @@ class Link:
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
 
-    async def _answer(self, connection: Connection, number: int, call: bodies.Call) -> None:
+    async def _answer(self, connection: AnyConnection, number: int, call: bodies.Call) -> None:
         handler = self._endpoint.handlers.get(call.verb)
         try:
             if handler is None:
@@ -450,13 +407,13 @@ class Link:
             )
             self._loop.call_exception_handler({"message": f"handler of {call.verb!r} failed", "exception": error})
 
-    def _reply(self, connection: Connection, number: int, error: KVError) -> None:
+    def _reply(self, connection: AnyConnection, number: int, error: KVError) -> None:
         self._send_reply(connection, number, bodies.Reply(ok=False, error=bodies.Error.of(error)))
 
-    def _send_reply(self, connection: Connection, number: int, reply: bodies.Reply) -> None:
+    def _send_reply(self, connection: AnyConnection, number: int, reply: bodies.Reply) -> None:
         # On the connection the call came by: when that is lost, the caller knows that the answer is.
         connection.send_control(encode_control(FrameType.REPLY, reply, offset=number))
-        self._schedule()
+        self.lanes.schedule()
 
     def _on_reply(self, header: Header, payload: bytes) -> None:
         future, _ = self._calls.get(header.offset, (None, None))
@@ -501,3 +458,7 @@ class Link:
         for task in self._serving:
             task.cancel()
         self._endpoint.forget_link(self)
+
+
+def _load(connection: AnyConnection) -> int:
+    return connection.load

@@ -1,38 +1,36 @@
-"""The consumer's side of a transfer: grants memory, verifies, acknowledges what is applied.
+"""The consumer's side of a transfer: grants memory, decides on what is odd, hears of what is applied.
 
-A chunk's destination is *claimed* by the connection whose header came first; any other copy drains into
-scratch. A copy of a later attempt voids the claim before it may write. Cancelling voids all claims, and since a
-receive never leaves the event loop half done, nothing writes to granted memory once that returns.
+Claims, placing and verifying are the engine's (``engine/``); acknowledgements and credit too, where it is native.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .buffers import PageList
-from .connection import Connection
+from .connection import AnyConnection
+from .engine.base import Applied, Incoming, Odd
 from .errors import (
     DeadlineError,
     DestinationError,
     Fault,
     IntegrityError,
     KVError,
+    LimitError,
     ManifestError,
     ProtocolError,
     RefusedError,
     TransferCancelledError,
     TransferError,
 )
-from .flow.credit import ReceiverCredit
 from .layout import CacheLayout
 from .manifest import Manifest
 from .transfer import LayerTimes, TransferStats
 from .wire import bodies
 from .wire.frames import Flag, FrameType, Header, decode_control, encode_control
-from .wire.ranges import RangeSet
 from .wire.state import TransferEvent, TransferMachine, TransferRole
 
 if TYPE_CHECKING:
@@ -67,15 +65,6 @@ class Expectation:
     on_end: Callable[[KVError | None], None] | None = None
 
 
-@dataclass(slots=True)
-class _Claim:
-    layer: int
-    tensor: int
-    start: int
-    stop: int
-    attempt: int
-
-
 class Receiver:
     """One incoming transfer; made by :meth:`kvtransport.endpoint.Endpoint.expect`.
 
@@ -90,10 +79,7 @@ class Receiver:
         self._machine = TransferMachine(TransferRole.RECEIVER)
         self._link: Link | None = None
         self._manifest: Manifest | None = None
-        self._granted: dict[tuple[int, int], PageList] = {}
-        self._ranges: dict[tuple[int, int], RangeSet] = {}
-        self._claims: dict[Connection, _Claim] = {}
-        self._credit = ReceiverCredit(0, 1)
+        self._into: Incoming | None = None
         self._chunk_bytes = wanted.chunk_bytes
         self._last: bytes | None = None
         self._left: dict[int, int] = {}
@@ -124,6 +110,10 @@ class Receiver:
 
     @property
     def stats(self) -> TransferStats:
+        if self._into is not None:
+            into, stats = self._into.stats(), self._stats
+            stats.chunks, stats.checksums_verified = into.chunks, into.verified
+            stats.moved_bytes, stats.duplicate_bytes = into.applied_bytes, into.duplicate_bytes
         return self._stats
 
     @property
@@ -202,16 +192,21 @@ class Receiver:
             self.fail(error)
             return
         self._manifest = manifest
-        self._granted = granted
-        self._ranges = {slot: RangeSet() for slot in manifest.by_slot}
+        self._into = link.lanes.incoming(
+            self,
+            self.transfer,
+            {slot: (granted[slot], extent.nbytes) for slot, extent in manifest.by_slot.items()},
+            window=self._wanted.window_bytes,
+            unchecked=self._wanted.allow_unchecked,
+            eager=self._wanted.on_range is not None,
+        )
         self._left = {layer: sum(e.nbytes for e in es) for layer, es in manifest.by_layer.items()}
         self._left_total = manifest.total_bytes
-        self._credit = ReceiverCredit(manifest.total_bytes, self._wanted.window_bytes)
         self._stats.total_bytes = manifest.total_bytes
         self._stats.opened_s = self._loop.time()
         self._stats.layers = {layer: LayerTimes() for layer in manifest.layers}
         self._machine.fire(TransferEvent.SEND_ACCEPT)
-        accept = bodies.Accept(credit=self._credit.granted, chunk_bytes=min(body.chunk_bytes, self._wanted.chunk_bytes))
+        accept = bodies.Accept(credit=self._into.stats().granted, chunk_bytes=min(body.chunk_bytes, self._wanted.chunk_bytes))
         self._send(FrameType.ACCEPT, accept)
         self._opened.set_result(manifest)
         for layer, left in self._left.items():
@@ -241,93 +236,49 @@ class Receiver:
 
     # -- data ----------------------------------------------------------------------------------
 
-    def place_data(self, connection: Connection, header: Header) -> PageList:
-        """Claim the destination of a chunk for ``connection``, or scratch."""
-        slot = (header.layer, header.tensor)
-        start, stop = header.offset, header.offset + header.length
-        pages = self._granted.get(slot)
-        if pages is None or self._error is not None or self._finished.done():
-            if self._error is None and not self._finished.done():
-                self.fail(
-                    ProtocolError(f"data for layer {header.layer} tensor {header.tensor}, which is not in the manifest")
-                )
-            return PageList.scratch(header.length)
-        extent = self.manifest.by_slot[slot]
-        if stop > extent.nbytes:
-            self.fail(
-                ProtocolError(
-                    f"data for bytes {start}..{stop} of layer {slot[0]} tensor {slot[1]}, which has {extent.nbytes} bytes"
-                )
-            )
-            return PageList.scratch(header.length)
-        if header.flags & Flag.NO_CHECKSUM and not self._wanted.allow_unchecked:
-            self.fail(ProtocolError("a chunk without checksum in a transfer that was opened with checksums"))
-            return PageList.scratch(header.length)
-        times = self._stats.layers[header.layer]
-        if times.first_byte_s is None:
-            times.first_byte_s = self._loop.time()
-        missing = self._ranges[slot].missing(start, stop)
-        if missing and missing != [(start, stop)]:
-            # Writing it would put unverified bytes over verified ones.
-            self.fail(
-                ProtocolError(
-                    f"data for bytes {start}..{stop} of layer {slot[0]} tensor {slot[1]} overlaps what was applied"
-                )
-            )
-            return PageList.scratch(header.length)
-        if not missing or not self._win(slot, start, stop, header.sequence):
-            self._stats.duplicate_bytes += header.length
-            return PageList.scratch(header.length)
-        self._claims[connection] = _Claim(*slot, start, stop, header.sequence)
-        return pages.slice(start, stop)
-
-    def _win(self, slot: tuple[int, int], start: int, stop: int, attempt: int) -> bool:
-        """Whether a new copy may have the destination; voids the claims of earlier attempts if so."""
-        rivals = [
-            (connection, claim)
-            for connection, claim in self._claims.items()
-            if (claim.layer, claim.tensor) == slot and claim.start < stop and start < claim.stop
-        ]
-        if any(claim.attempt >= attempt for _, claim in rivals):
-            return False
-        for connection, _ in rivals:
-            del self._claims[connection]
-            connection.void_incoming()
-        return True
-
-    def data_done(self, connection: Connection, header: Header, verified: bool) -> None:
-        claim = self._claims.pop(connection, None)
-        if self._error is not None or self._finished.done():
+    def on_applied(self, ranges: Sequence[Applied]) -> None:
+        """See :class:`kvtransport.engine.base.IncomingOwner`."""
+        if self._finished.done():
             return
-        slot, start, stop = (header.layer, header.tensor), header.offset, header.offset + header.length
-        if claim is None:
-            # A copy of what is there already (or is being received elsewhere): say again what is applied.
-            if verified and self._ranges[slot].contains(start, stop):
-                self._ack(*slot, start, stop)
-            return
-        if not verified:
-            self._corrupt(header)
-            return
-        new = self._ranges[slot].add(start, stop)
-        self._stats.chunks += 1
-        self._stats.moved_bytes += new
-        if not header.flags & Flag.NO_CHECKSUM:
-            self._stats.checksums_verified += 1
-        self._ack(*slot, start, stop)
-        limit = self._credit.applied(new)
-        if limit is not None:
-            self._machine.fire(TransferEvent.SEND_CREDIT)
-            self._link_send(encode_control(FrameType.CREDIT, transfer=self.transfer, offset=limit))
-        if self._wanted.on_range is not None:
-            self._wanted.on_range(*slot, start, stop)
-        self._left_total -= new
-        left = self._left[header.layer] = self._left[header.layer] - new
-        if left == 0:
-            self._layer_complete(header.layer)
+        for layer, tensor, start, stop, first_s in ranges:
+            times = self._stats.layers[layer]
+            if times.first_byte_s is None or first_s < times.first_byte_s:
+                times.first_byte_s = first_s
+            if self._wanted.on_range is not None:
+                self._wanted.on_range(layer, tensor, start, stop)
+            self._left_total -= stop - start
+            left = self._left[layer] = self._left[layer] - (stop - start)
+            if left == 0:
+                self._layer_complete(layer)
         if self._left_total == 0:
             self._try_seal()
 
-    def _corrupt(self, header: Header) -> None:
+    def on_odd(self, why: Odd, header: Header) -> None:
+        """See :class:`kvtransport.engine.base.IncomingOwner`."""
+        what, stop = f"layer {header.layer} tensor {header.tensor}", header.offset + header.length
+        error: KVError
+        match why:
+            case Odd.SLOT:
+                error = ProtocolError(f"data for {what}, which is not in the manifest")
+            case Odd.BOUNDS:
+                extent = self.manifest.by_slot[header.layer, header.tensor]
+                error = ProtocolError(
+                    f"data for bytes {header.offset}..{stop} of {what}, which has {extent.nbytes} bytes"
+                )
+            case Odd.UNCHECKED:
+                error = ProtocolError("a chunk without checksum in a transfer that was opened with checksums")
+            case Odd.OVERLAP:
+                error = ProtocolError(f"data for bytes {header.offset}..{stop} of {what} overlaps what was applied")
+            case Odd.RANGES:
+                error = LimitError(
+                    f"received bytes of {what} lie in too many separate ranges: the sender must use larger chunks or send in order"
+                )
+        self.fail(error)
+
+    def on_corrupt(self, header: Header) -> None:
+        """See :class:`kvtransport.engine.base.IncomingOwner`."""
+        if self._finished.done():
+            return
         self._stats.corrupt_chunks += 1
         key = (header.layer, header.tensor, header.offset)
         times = self._resent.get(key, 0)
@@ -343,24 +294,30 @@ class Receiver:
         self._asked[key] = stop = header.offset + header.length
         self._ask([(header.layer, header.tensor, header.offset, stop)])
 
-    def _ask(self, ranges: list[tuple[int, int, int, int]], via: Connection | None = None) -> None:
+    def give_credit(self, limit: int) -> None:
+        """See :class:`kvtransport.engine.base.IncomingOwner`."""
+        self._machine.fire(TransferEvent.SEND_CREDIT)
+        self._link_send(encode_control(FrameType.CREDIT, transfer=self.transfer, offset=limit))
+
+    def _ask(self, ranges: list[tuple[int, int, int, int]], via: AnyConnection | None = None) -> None:
         for at in range(0, len(ranges), bodies.MAX_RANGES):
             self._machine.fire(TransferEvent.SEND_RESUME)
             some = bodies.byte_ranges(ranges[at : at + bodies.MAX_RANGES])
             self._send(FrameType.RESUME, bodies.Resume(ranges=some), via)
 
-    def _ack(self, layer: int, tensor: int, start: int, stop: int) -> None:
+    def acknowledge(self, ranges: Sequence[tuple[int, int, int, int]]) -> None:
+        """See :class:`kvtransport.engine.base.IncomingOwner`."""
         if not self._acks:
             # One frame for everything that was applied in this turn of the loop.
             self._loop.call_soon(self._flush_acks)
-        self._acks.append((layer, tensor, start, stop))
+        self._acks += ranges
 
     def _flush_acks(self) -> None:
         acks, self._acks = self._acks, []
         if acks and self._machine.allows(TransferEvent.SEND_ACK):
             self._acknowledge(acks)
 
-    def _acknowledge(self, ranges: list[tuple[int, int, int, int]], via: Connection | None = None) -> None:
+    def _acknowledge(self, ranges: list[tuple[int, int, int, int]], via: AnyConnection | None = None) -> None:
         for at in range(0, len(ranges), bodies.MAX_RANGES):
             self._machine.fire(TransferEvent.SEND_ACK)
             some = bodies.byte_ranges(ranges[at : at + bodies.MAX_RANGES])
@@ -415,24 +372,26 @@ class Receiver:
         self._finished.set_result(None)
         self._cleanup(None)
 
-    def on_connection_lost(self, connection: Connection) -> None:
+    def on_connection_lost(self, connection: AnyConnection) -> None:
         """Its claim is void."""
-        self._claims.pop(connection, None)
+        if self._into is not None:
+            self._into.connection_lost(connection)
 
-    def say_again(self, via: Connection | None) -> None:
+    def say_again(self, via: AnyConnection | None) -> None:
         """What is applied, granted and asked for is said again: frames saying so may be lost with a connection.
 
         In this order and on one connection (``via``, where given): a producer that resumes waits for ACCEPT, and
         knows then what need not travel.
         """
-        if self._manifest is None or not self._machine.allows(TransferEvent.SEND_ACCEPT):
+        into = self._into
+        if into is None or not self._machine.allows(TransferEvent.SEND_ACCEPT):
             return
-        self._acknowledge([(*slot, *applied) for slot, ranges in self._ranges.items() for applied in ranges], via)
+        self._acknowledge(into.applied(), via)
         self._send_accept(via)
         asked = [
             (layer, tensor, start, stop)
             for (layer, tensor, start), stop in self._asked.items()
-            if not self._ranges[layer, tensor].contains(start, stop)
+            if not into.contains(layer, tensor, start, stop)
         ]
         if asked:
             self._ask(asked, via)
@@ -444,7 +403,7 @@ class Receiver:
         if self._link is None:
             what = "no producer opened it"
         else:
-            what = f"{self._stats.moved_bytes} of {self._stats.total_bytes} bytes came from {self._link.peer}"
+            what = f"{self.stats.moved_bytes} of {self._stats.total_bytes} bytes came from {self._link.peer}"
         self.fail(DeadlineError(f"not sealed within {self._wanted.deadline_s:g} s: {what}"))
 
     def fail(self, error: KVError) -> None:
@@ -471,24 +430,23 @@ class Receiver:
 
     def _cleanup(self, error: KVError | None) -> None:
         self._timer.cancel()
-        for connection in list(self._claims):
-            connection.void_incoming()
-        self._claims.clear()
-        self._granted.clear()
+        if self._into is not None:
+            self._into.close()
         self._endpoint.forget_receiver(self)
         if self._link is not None:
             self._link.forget_receiver(self, self._last if self._machine.terminal else None)
         if self._wanted.on_end is not None:
             self._wanted.on_end(error)
 
-    def _send_accept(self, via: Connection | None) -> None:
+    def _send_accept(self, via: AnyConnection | None) -> None:
+        assert self._into is not None
         self._machine.fire(TransferEvent.SEND_ACCEPT)
-        self._send(FrameType.ACCEPT, bodies.Accept(credit=self._credit.granted, chunk_bytes=self._chunk_bytes), via)
+        self._send(FrameType.ACCEPT, bodies.Accept(credit=self._into.stats().granted, chunk_bytes=self._chunk_bytes), via)
 
-    def _send(self, kind: FrameType, body: bodies.Body, via: Connection | None = None) -> None:
+    def _send(self, kind: FrameType, body: bodies.Body, via: AnyConnection | None = None) -> None:
         self._link_send(encode_control(kind, body, transfer=self.transfer), via)
 
-    def _link_send(self, frame: bytes, via: Connection | None = None) -> None:
+    def _link_send(self, frame: bytes, via: AnyConnection | None = None) -> None:
         self._last = frame
         if self._link is not None:
             self._link.send(frame, via)

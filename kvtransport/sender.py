@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .buffers import PageList, copy_pages
-from .connection import Connection, OutFrame, data_head
+from .connection import AnyConnection
 from .errors import (
     DeadlineError,
     DestinationError,
@@ -21,8 +20,6 @@ from .errors import (
     TransferCancelledError,
     TransferError,
 )
-from .flow.chunking import MIN_CHUNK, next_cut
-from .flow.credit import SenderCredit
 from .flow.spilling import SpillPolicy, WhenFull
 from .manifest import Manifest
 from .spill import SpillArea, Spilled
@@ -35,7 +32,7 @@ from .wire.state import TransferEvent, TransferMachine, TransferRole
 if TYPE_CHECKING:
     from .link import Link
 
-POLL_S = 0.05
+POLL_S = 0.02
 """How often waiting units are looked at (spilling by age)."""
 EVENT_POLL_S = 0.0005
 """How often ready events of device copies are polled."""
@@ -46,7 +43,6 @@ class Unit:
 
     __slots__ = (
         "_released",
-        "cut",
         "event",
         "layer",
         "pages",
@@ -56,7 +52,6 @@ class Unit:
         "start",
         "stop",
         "tensor",
-        "unacked",
     )
 
     def __init__(
@@ -66,19 +61,12 @@ class Unit:
         self.tensor = tensor
         self.start = start
         self.stop = start + pages.nbytes
-        self.cut = start
         self.pages = pages
         self.since = since
         self.event = event
-        self.unacked = pages.nbytes
         self.spilled: Spilled | None = None
         self.spilling: asyncio.Task[None] | None = None
         self._released: asyncio.Future[None] | None = None
-
-    def source(self, start: int, stop: int) -> PageList:
-        if start == self.start and stop == self.stop:
-            return self.pages
-        return self.pages.slice(start - self.start, stop - self.start)
 
     # -- kvtransport.transfer.Handover ---------------------------------------------------------
 
@@ -96,29 +84,6 @@ class Unit:
             self._released = loop.create_future()
         if not self._released.done():
             self._released.set_result(None)
-
-
-@dataclass(slots=True)
-class Chunk:
-    """Bytes ``[start, stop)`` of a unit, on connection ``on`` or waiting to go again."""
-
-    unit: Unit
-    start: int
-    stop: int
-    attempt: int = 0
-    on: Connection | None = None
-    queued: bool = False
-    """Waits to go again."""
-    acked: bool = False
-
-
-@dataclass(slots=True)
-class _Slot:
-    """What was handed over and acknowledged of one (layer, tensor)."""
-
-    nbytes: int
-    handed: RangeSet = field(default_factory=RangeSet)
-    inflight: dict[int, Chunk] = field(default_factory=dict)
 
 
 class Sender:
@@ -147,16 +112,19 @@ class Sender:
         self._checksum = checksum
         self._policy = spill
         self._area = area
-        self._credit = SenderCredit()
-        self._slots = {slot: _Slot(e.nbytes) for slot, e in manifest.by_slot.items()}
+        self._out = link.lanes.outgoing(
+            self, manifest.transfer, list(manifest.by_slot), priority=priority, checksum=checksum
+        )
+        self._handed = {slot: RangeSet() for slot in manifest.by_slot}
         self._left_by_layer = {layer: sum(e.nbytes for e in es) for layer, es in manifest.by_layer.items()}
         self._unacked_by_layer = dict(self._left_by_layer)
-        self._queue: deque[Unit] = deque()
+        self._pending: deque[Unit] = deque()
+        """Units whose ``event`` has not come."""
+        self._units: dict[int, Unit] = {}
+        """By the keys of their spans."""
         self._live: dict[int, Unit] = {}
         self._held: dict[int, Unit] = {}
         """Of those, what lies in the caller's memory and is not being copied out of it, oldest first."""
-        self._retries: deque[Chunk] = deque()
-        self._stalled_since: float | None = None
         self._error: KVError | None = None
         self._accepted: asyncio.Future[None] = self._loop.create_future()
         self._finished: asyncio.Future[None] = self._loop.create_future()
@@ -168,10 +136,7 @@ class Sender:
         self._deadline_s = deadline_s
         self._timer = self._loop.call_later(deadline_s, self._expired)
         self._poller: asyncio.TimerHandle | None = None
-        self._inflight_bytes = 0
         self._sealing = False
-        self._resuming = False
-        """Every connection was lost: nothing travels before the consumer has said again what it has."""
         self._last: bytes | None = None
         self._copies: set[asyncio.Task[None]] = set()
         self._send_open()
@@ -184,7 +149,10 @@ class Sender:
 
     @property
     def stats(self) -> TransferStats:
-        return self._stats
+        out, stats = self._out.stats(), self._stats
+        stats.chunks, stats.moved_bytes, stats.resent_bytes = out.chunks, out.moved_bytes, out.resent_bytes
+        stats.credit_stall_s = out.stalled_s + out.stalled_now_s
+        return stats
 
     @property
     def error(self) -> KVError | None:
@@ -231,16 +199,20 @@ class Sender:
         if start == stop:
             unit.release(self._loop)
             return unit
-        if self._slots[layer, tensor].handed.add(start, stop) != stop - start:
+        if self._handed[layer, tensor].add(start, stop) != stop - start:
             raise TransferError(f"layer {layer} tensor {tensor}: bytes {start}..{stop} were handed over before")
         self._left_by_layer[layer] -= stop - start
         if self._left_by_layer[layer] == 0:
             self._stats.layers[layer].ready_s = now
-        self._queue.append(unit)
         self._live[id(unit)] = self._held[id(unit)] = unit
-        self._link.has_work(self)
-        if self._credit.left <= 0 and event is None:
-            self._spill_waiting()
+        if event is None:
+            self._add(unit)
+            if self._out.stalled():
+                self._spill_waiting()
+        else:
+            self._pending.append(unit)
+            if len(self._pending) == 1:
+                self._poll_events()
         if self._poller is None:
             self._schedule_poll()
         return unit
@@ -272,70 +244,24 @@ class Sender:
         """Wait until ``other`` is done or the transfer has ended, whichever comes first; raises nothing."""
         await asyncio.wait({self._finished, other}, return_when=asyncio.FIRST_COMPLETED)
 
+    # -- handing over --------------------------------------------------------------------------
+
+    def _add(self, unit: Unit) -> None:
+        unit.event = None
+        self._units[self._out.add(unit.layer, unit.tensor, unit.start, unit.pages)] = unit
+
+    def _poll_events(self) -> None:
+        # Device copies finish in the order they were started: wait for the first one.
+        while self._pending and ((event := self._pending[0].event) is None or event()):
+            self._add(self._pending.popleft())
+        if self._pending:
+            self._loop.call_later(EVENT_POLL_S, self._poll_events)
+
     # -- what the link asks --------------------------------------------------------------------
 
     @property
     def transfer(self) -> bytes:
         return self._manifest.transfer
-
-    def next_data(self, connection: Connection) -> OutFrame | None:
-        """The next chunk as a frame for ``connection``."""
-        if self._resuming:
-            return None
-        chunk = self._retry() or self._cut()
-        if chunk is None:
-            return None
-        chunk.on = connection
-        unit = chunk.unit
-        pages = unit.source(chunk.start, chunk.stop)
-        self._slots[unit.layer, unit.tensor].inflight[chunk.start] = chunk
-        head = data_head(
-            self.transfer, unit.layer, unit.tensor, chunk.start, chunk.attempt, pages, checksum=self._checksum
-        )
-        if chunk.attempt:
-            self._stats.resent_bytes += chunk.stop - chunk.start
-        return OutFrame(head, pages, chunk, self._checksum)
-
-    def _retry(self) -> Chunk | None:
-        while self._retries:
-            chunk = self._retries.popleft()
-            chunk.queued = False
-            if not chunk.acked:  # what was lost may have been the acknowledgement only, and it was said again
-                return chunk
-        return None
-
-    def _cut(self) -> Chunk | None:
-        if self._machine.terminal or not self._accepted.done():
-            return None
-        while self._queue:
-            unit = self._queue[0]
-            if unit.event is not None:
-                if not unit.event():
-                    # Device copies finish in the order they were started: wait for the first one.
-                    self._loop.call_later(EVENT_POLL_S, self._link.has_work, self)
-                    return None
-                unit.event = None
-            wanted = next_cut(unit.cut, unit.stop, self._chunk_bytes)
-            # Rather wait for acknowledgements than send a runt; with nothing on its way there is none to wait for.
-            n = self._credit.take(wanted, MIN_CHUNK if self._inflight_bytes else 1)
-            now = self._loop.time()
-            if n == 0:
-                if self._stalled_since is None:
-                    self._stalled_since = now
-                self._spill_waiting()
-                return None
-            if self._stalled_since is not None:
-                self._stats.credit_stall_s += now - self._stalled_since
-                self._stalled_since = None
-            chunk = Chunk(unit, unit.cut, unit.cut + n)
-            unit.cut += n
-            if unit.cut == unit.stop:
-                self._queue.popleft()
-            self._stats.chunks += 1
-            self._stats.moved_bytes += n
-            self._inflight_bytes += n
-            return chunk
-        return None
 
     def on_frame(self, header: Header, payload: bytes) -> None:
         """A control frame of this transfer."""
@@ -348,12 +274,11 @@ class Sender:
                 else:
                     self._on_ack(ranges)
             case bodies.Accept():
-                self._resuming = False
                 self._chunk_bytes = min(self._chunk_bytes, body.chunk_bytes)
-                self._credit.grant(body.credit)
+                if not self._machine.terminal:
+                    self._out.accept(self._chunk_bytes, body.credit)
                 if not self._accepted.done():
                     self._accepted.set_result(None)
-                self._link.has_work(self)
             case bodies.Resume(ranges=ranges):
                 self._on_resume(ranges)
             case bodies.Cancel(reason=reason):
@@ -362,28 +287,22 @@ class Sender:
             case bodies.Error():
                 self._end(body.to_error(prefix="the consumer says: "))
             case None if header.type is FrameType.CREDIT:
-                if self._credit.grant(header.offset):
-                    self._link.has_work(self)
+                self._out.grant(header.offset)
             case _:
                 raise ProtocolError(f"{header.type.name} is not for the producer of a transfer")
 
-    def on_connection_lost(self, connection: Connection) -> None:
+    def on_connection_lost(self, connection: AnyConnection) -> None:
         """Chunks that were on it go again, over what is left or comes back."""
         if not self._link.connections and self._accepted.done():
-            self._resuming = True
-        for slot in self._slots.values():
-            for chunk in slot.inflight.values():
-                if chunk.on is connection:
-                    self._again(chunk)
-        self._link.has_work(self)
+            self._out.hold()  # nothing travels before the consumer has said again what it has
+        self._out.requeue(connection)
 
-    def say_again(self, via: Connection | None) -> None:
+    def say_again(self, via: AnyConnection | None) -> None:
         """OPEN and SEAL may have been lost with a connection."""
         if not self._accepted.done():
             self._send_open(via)
         elif self._sealing:
             self._send_seal(via)
-        self._link.has_work(self)
 
     def on_link_lost(self, error: KVError) -> None:
         self._end(error)
@@ -392,52 +311,28 @@ class Sender:
 
     def _on_ack(self, ranges: tuple[bodies.ByteRange, ...]) -> None:
         for layer, tensor, start, stop in ranges:
-            slot = self._slots.get((layer, tensor))
-            if slot is None:
-                raise ManifestError(f"acknowledged layer {layer} tensor {tensor}, which is not in the manifest")
-            while start < stop and (chunk := slot.inflight.pop(start, None)) is not None:
-                start = chunk.stop
-                self._acked(chunk)
-            if start < stop and slot.inflight:
-                # A range that is said again, joined, after a connection was lost: parts of it are known already.
-                for at in sorted(at for at, c in slot.inflight.items() if start <= at and c.stop <= stop):
-                    self._acked(slot.inflight.pop(at))
-        if not self._inflight_bytes and self._queue:
-            # With nothing on its way what credit is left is used, however little: no other frame may come to say so.
-            self._link.has_work(self)
-
-    def _acked(self, chunk: Chunk) -> None:
-        chunk.acked = True
-        unit = chunk.unit
-        n = chunk.stop - chunk.start
-        self._inflight_bytes -= n
-        # Half sent although another copy arrived, earlier or later: its source is about to be given back.
-        for connection in list(self._link.connections) if chunk.attempt else filter(None, [chunk.on]):
-            if connection.sending is not None and connection.sending.key is chunk:
-                connection.void_outgoing()
-        unit.unacked -= n
-        left = self._unacked_by_layer[unit.layer] = self._unacked_by_layer[unit.layer] - n
-        if left == 0:
-            self._stats.layers[unit.layer].acked_s = self._loop.time()
-        if unit.unacked == 0:
-            self._forget(unit)
+            self._check_slot(layer, tensor, "acknowledged")
+            self._out.ack(layer, tensor, start, stop)
 
     def _on_resume(self, ranges: tuple[bodies.ByteRange, ...]) -> None:
         for layer, tensor, start, stop in ranges:
-            slot = self._slots.get((layer, tensor))
-            if slot is None:
-                raise ManifestError(f"asked again for layer {layer} tensor {tensor}, which is not in the manifest")
-            for chunk in slot.inflight.values():
-                if chunk.start < stop and start < chunk.stop:
-                    self._again(chunk)
-        self._link.has_work(self)
+            self._check_slot(layer, tensor, "asked again for")
+            self._out.resend(layer, tensor, start, stop)
 
-    def _again(self, chunk: Chunk) -> None:
-        if not chunk.queued:
-            chunk.queued = True
-            chunk.attempt += 1
-            chunk.on = None
-            self._retries.append(chunk)
+    def _check_slot(self, layer: int, tensor: int, what: str) -> None:
+        if (layer, tensor) not in self._handed:
+            raise ManifestError(f"{what} layer {layer} tensor {tensor}, which is not in the manifest")
+
+    def on_acked(self, acked: Sequence[tuple[int, int, int]], keys: Sequence[int]) -> None:
+        """See :class:`kvtransport.engine.base.OutgoingOwner`."""
+        for layer, _, n in acked:
+            left = self._unacked_by_layer[layer] = self._unacked_by_layer[layer] - n
+            if left == 0:
+                self._stats.layers[layer].acked_s = self._loop.time()
+        for key in keys:
+            unit = self._units.pop(key, None)
+            if unit is not None:
+                self._forget(unit)
 
     # -- spilling ------------------------------------------------------------------------------
 
@@ -453,20 +348,19 @@ class Sender:
 
     def _spill_waiting(self) -> None:
         now = self._loop.time()
-        stalled_s = 0.0
+        stalled_s = self._out.stalled()
         if not self._accepted.done():
             stalled_s = now - (self._stats.opened_s or now)
-        elif self._stalled_since is not None:
-            stalled_s = now - self._stalled_since
         for unit in list(self._held.values()):
             if unit.event is not None:
                 continue
-            # What is on its way needs no credit, but an acknowledgement: a consumer that stands still gives neither.
-            sent = unit.cut == unit.stop
-            if not self._policy.wants(waited_s=now - unit.since, stalled_s=0.0 if sent else stalled_s):
-                if sent:
-                    continue
+            waited_s = now - unit.since
+            if not self._policy.wants(waited_s=waited_s, stalled_s=stalled_s):
                 break  # in order of age
+            # What is on its way needs no credit, but an acknowledgement: a consumer that stands still gives neither.
+            sent = self._out.uncut(unit.layer, unit.tensor, unit.start) == 0
+            if sent and not self._policy.wants(waited_s=waited_s, stalled_s=0.0):
+                continue
             spilled = self._area.take(unit.pages.nbytes)
             if spilled is None:
                 if self._policy.when_full is WhenFull.FAIL and not sent:
@@ -515,10 +409,7 @@ class Sender:
             return
         unit.spilled = spilled
         unit.pages = target
-        for connection in self._link.connections:
-            frame = connection.sending
-            if frame is not None and isinstance(frame.key, Chunk) and frame.key.unit is unit:
-                connection.swap_source(unit.source(frame.key.start, frame.key.stop))
+        self._out.swap(unit.layer, unit.tensor, unit.start, target)
         self._stats.spilled_bytes += target.nbytes
         unit.release(self._loop)
 
@@ -544,7 +435,7 @@ class Sender:
     def _expired(self) -> None:
         self.fail(
             DeadlineError(
-                f"not sealed within {self._deadline_s:g} s: {self._stats.moved_bytes} of {self._stats.total_bytes} bytes sent to {self._link.peer}"
+                f"not sealed within {self._deadline_s:g} s: {self.stats.moved_bytes} of {self._stats.total_bytes} bytes sent to {self._link.peer}"
             )
         )
 
@@ -568,16 +459,11 @@ class Sender:
         self._timer.cancel()
         if self._poller is not None:
             self._poller.cancel()
-        self._queue.clear()
-        self._retries.clear()
+        self._pending.clear()
         self._link.forget_sender(self, self._last if self._machine.terminal and self._error is not None else None)
         # A half-sent frame of this transfer must not read its source again.
-        for connection in list(self._link.connections):
-            frame = connection.sending
-            if frame is not None and isinstance(frame.key, Chunk) and id(frame.key.unit) in self._live:
-                connection.void_outgoing()
-        for slot in self._slots.values():
-            slot.inflight.clear()
+        self._out.close()
+        self._units.clear()
         for unit in list(self._live.values()):
             self._forget(unit)
 
@@ -586,7 +472,7 @@ class Sender:
         if self._copies:
             await asyncio.wait(self._copies)
 
-    def _send_open(self, via: Connection | None = None) -> None:
+    def _send_open(self, via: AnyConnection | None = None) -> None:
         self._machine.fire(TransferEvent.SEND_OPEN)
         body = bodies.Open.of(
             self._manifest.encode(),
@@ -597,14 +483,14 @@ class Sender:
         )
         self._send(FrameType.OPEN, body, via)
 
-    def _send_seal(self, via: Connection | None = None) -> None:
+    def _send_seal(self, via: AnyConnection | None = None) -> None:
         self._machine.fire(TransferEvent.SEND_SEAL)
         body = bodies.Seal(
-            total_bytes=self._manifest.total_bytes, digest=self._manifest.digest, chunks=self._stats.chunks
+            total_bytes=self._manifest.total_bytes, digest=self._manifest.digest, chunks=self._out.stats().chunks
         )
         self._send(FrameType.SEAL, body, via)
 
-    def _send(self, kind: FrameType, body: bodies.Body, via: Connection | None = None) -> None:
+    def _send(self, kind: FrameType, body: bodies.Body, via: AnyConnection | None = None) -> None:
         self._last = encode_control(kind, body, transfer=self.transfer)
         self._link.send(self._last, via)
 

@@ -126,7 +126,8 @@ void kv_kick_group(kv_group *group, size_t chunks) {
     if (!conn) return;
     do {
         kv_conn *next = conn->next_of_group ? conn->next_of_group : group->conns;
-        if (!conn->writing && !conn->blocked && !conn->kicked && conn->out == KV_OUT_NONE) {
+        bool dead = conn->closed || conn->lost || conn->finishing;
+        if (!dead && !conn->writing && !conn->blocked && !conn->kicked && conn->out == KV_OUT_NONE) {
             kv_kick(conn);
             chunks--;
         }
@@ -455,9 +456,13 @@ void kv_conn_close(kv_conn *conn, bool abort) {
         struct linger linger = {1, 0};
         setsockopt(conn->stream->fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
     }
-    int fd = conn->stream->fd;
-    conn->stream->ops->destroy(conn->stream);
-    conn->stream = NULL;
+    kv_stream *stream = conn->stream;
+    int fd = stream->fd;
+    if (!abort && !conn->shut) stream->ops->shutdown(stream);
+    kv_lock(engine);
+    conn->stream = NULL; /* options of its socket may be asked for by another Python thread */
+    kv_unlock(engine);
+    stream->ops->destroy(stream);
     close(fd);
 }
 

@@ -56,14 +56,15 @@ enum { KV_NO_CHECKSUM = 1, KV_FINAL = 2, KV_RESEND = 4, KV_URGENT = 8, KV_REPLY_
  */
 typedef struct kv_stream kv_stream;
 typedef struct {
-    /* Bytes moved; 0 at the end of the stream (readv only); -errno, -EAGAIN when it would block. */
+    /* Bytes moved; 0 at the end of the stream (readv only); -errno, -EAGAIN when it would block. Without `pending`, fewer
+     * bytes than were asked for mean that there are no more now. */
     ssize_t (*readv)(kv_stream *stream, struct iovec *items, size_t count);
     ssize_t (*writev)(kv_stream *stream, struct iovec *items, size_t count);
     /* Send on what writev took and kept (records): 0 when nothing is kept, else -errno. NULL: never keeps anything. */
     int (*flush)(kv_stream *stream);
     /* Whether readv has bytes without the descriptor being readable. NULL: never. */
     bool (*pending)(kv_stream *stream);
-    void (*shutdown)(kv_stream *stream); /* nothing more will be written */
+    void (*shutdown)(kv_stream *stream); /* nothing more will be written; flush is called until nothing is kept */
     void (*destroy)(kv_stream *stream);  /* frees the stream; the descriptor is the engine's to close */
     bool exclusive;
 } kv_stream_ops;
@@ -387,7 +388,7 @@ void kv_update_turn(kv_outgoing *out);  /* something changed: has it a chunk to 
 int kv_outgoing_ack(kv_outgoing *out, kv_out_slot *slot, uint64_t start, uint64_t stop);
 uint64_t kv_outgoing_resend(kv_outgoing *out, kv_out_slot *slot, uint64_t start, uint64_t stop);
 uint64_t kv_outgoing_requeue(kv_outgoing *out, uint64_t serial); /* what that connection had goes again */
-kv_span *kv_span_find(const kv_outgoing *out, uint64_t key);
+kv_span *kv_span_find(const kv_out_slot *slot, uint64_t start); /* the one that starts there */
 void kv_span_swap(kv_span *span, kv_map *map);  /* the old map is garbage when this returns */
 void kv_outgoing_close(kv_outgoing *out);       /* drops everything; nothing is read any more; unlinks */
 void kv_frame_voided(kv_conn *conn);      /* the memory of its half-sent frame is gone */

@@ -6,6 +6,10 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+
+#include <linux/sockios.h>
 
 typedef struct {
     PyObject_HEAD
@@ -404,10 +408,53 @@ static PyObject *conn_stats(PyObject *self, PyObject *unused) {
     kv_conn *conn = ((Conn *)self)->conn;
     kv_lock(conn->engine);
     unsigned long long sent = conn->sent_bytes, received = conn->received_bytes, control = conn->control_bytes;
-    bool heard = conn->heard, busy = conn->out != KV_OUT_NONE || conn->blocked;
+    bool heard = conn->heard;
+    int load = conn->blocked ? 2 : conn->out != KV_OUT_NONE;
     conn->heard = false;
     kv_unlock(conn->engine);
-    return Py_BuildValue("(KKKOO)", sent, received, control, heard ? Py_True : Py_False, busy ? Py_True : Py_False);
+    return Py_BuildValue("(KKKOi)", sent, received, control, heard ? Py_True : Py_False, load);
+}
+
+/* Options of a socket, while it is open: b"" afterwards. */
+static PyObject *conn_getsockopt(PyObject *self, PyObject *args) {
+    int level, option;
+    unsigned char value[256];
+    unsigned int wanted;
+    if (!PyArg_ParseTuple(args, "iiI:getsockopt", &level, &option, &wanted)) return NULL;
+    socklen_t size = wanted < sizeof value ? wanted : sizeof value;
+    kv_conn *conn = ((Conn *)self)->conn;
+    kv_lock(conn->engine);
+    int result = conn->stream ? getsockopt(conn->stream->fd, level, option, value, &size) : (size = 0, 0);
+    int error = errno;
+    kv_unlock(conn->engine);
+    if (result == 0) return PyBytes_FromStringAndSize((const char *)value, (Py_ssize_t)size);
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static PyObject *conn_setsockopt(PyObject *self, PyObject *args) {
+    int level, option;
+    const char *value;
+    Py_ssize_t size;
+    if (!PyArg_ParseTuple(args, "iiy#:setsockopt", &level, &option, &value, &size)) return NULL;
+    kv_conn *conn = ((Conn *)self)->conn;
+    kv_lock(conn->engine);
+    int result = conn->stream ? setsockopt(conn->stream->fd, level, option, value, (socklen_t)size) : 0;
+    int error = errno;
+    kv_unlock(conn->engine);
+    if (result == 0) Py_RETURN_NONE;
+    errno = error;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static PyObject *conn_unsent(PyObject *self, PyObject *unused) {
+    (void)unused;
+    kv_conn *conn = ((Conn *)self)->conn;
+    int bytes = 0;
+    kv_lock(conn->engine);
+    if (conn->stream && ioctl(conn->stream->fd, SIOCOUTQ, &bytes) < 0) bytes = 0;
+    kv_unlock(conn->engine);
+    return PyLong_FromLong(bytes);
 }
 
 static PyObject *conn_serial(PyObject *self, void *unused) {
@@ -422,8 +469,14 @@ static PyMethodDef conn_methods[] = {
      "finish($self)\n--\n\nSend what is queued, then the end of the stream; throw away what comes."},
     {"close", conn_close, METH_VARARGS,
      "close($self, abort=False, /)\n--\n\nClose; when this returns nothing is read or written any more. Idempotent."},
+    {"getsockopt", conn_getsockopt, METH_VARARGS,
+     "getsockopt($self, level, option, nbytes, /)\n--\n\nb\"\" when it is closed."},
+    {"setsockopt", conn_setsockopt, METH_VARARGS,
+     "setsockopt($self, level, option, value, /)\n--\n\nNothing happens when it is closed."},
+    {"unsent", conn_unsent, METH_NOARGS, "unsent($self)\n--\n\nBytes that the peer has not acknowledged."},
     {"stats", conn_stats, METH_NOARGS,
-     "stats($self)\n--\n\n(bytes sent, bytes received, control bytes waiting, heard since the last call, busy sending)"},
+     "stats($self)\n--\n\n(bytes sent, bytes received, control bytes waiting, heard since the last call, load: 0 idle, 1 sending, 2 "
+     "the peer takes nothing now)"},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef conn_members[] = {{"serial", conn_serial, NULL, "Its number in the engine.", NULL}, {0}};
@@ -746,16 +799,19 @@ static PyObject *outgoing_requeue(PyObject *self, PyObject *serial_object) {
 }
 
 static PyObject *outgoing_swap(PyObject *self, PyObject *args) {
-    unsigned long long key;
+    unsigned short layer, tensor;
+    unsigned long long start;
     PyObject *base, *pieces;
-    if (!PyArg_ParseTuple(args, "KOO:swap", &key, &base, &pieces)) return NULL;
+    if (!PyArg_ParseTuple(args, "HHKOO:swap", &layer, &tensor, &start, &base, &pieces)) return NULL;
     kv_outgoing *out = ((Outgoing *)self)->out;
+    kv_out_slot *slot = slot_of(out, layer, tensor);
+    if (!slot) return NULL;
     kv_map *map = kv_map_get(base, pieces, false), *garbage;
     if (!map) return NULL;
     bool there, fits = true;
     Py_BEGIN_ALLOW_THREADS
     kv_lock(out->group->engine);
-    kv_span *span = out->closed ? NULL : kv_span_find(out, key);
+    kv_span *span = out->closed ? NULL : kv_span_find(slot, start);
     there = span != NULL;
     if (span) {
         fits = map->nbytes == span->stop - span->start;
@@ -770,15 +826,28 @@ static PyObject *outgoing_swap(PyObject *self, PyObject *args) {
     return PyBool_FromLong(there);
 }
 
-static PyObject *outgoing_uncut(PyObject *self, PyObject *key_object) {
-    uint64_t key;
-    if (!kv_u64_converter(key_object, &key) || PyErr_Occurred()) return NULL;
+static PyObject *outgoing_uncut(PyObject *self, PyObject *args) {
+    unsigned short layer, tensor;
+    unsigned long long start;
+    if (!PyArg_ParseTuple(args, "HHK:uncut", &layer, &tensor, &start)) return NULL;
     kv_outgoing *out = ((Outgoing *)self)->out;
+    kv_out_slot *slot = slot_of(out, layer, tensor);
+    if (!slot) return NULL;
     kv_lock(out->group->engine);
-    const kv_span *span = out->closed ? NULL : kv_span_find(out, key);
+    const kv_span *span = out->closed ? NULL : kv_span_find(slot, start);
     uint64_t left = span ? span->stop - span->cut : 0;
     kv_unlock(out->group->engine);
     return PyLong_FromUnsignedLongLong(left);
+}
+
+static PyObject *outgoing_hold(PyObject *self, PyObject *unused) {
+    (void)unused;
+    kv_outgoing *out = ((Outgoing *)self)->out;
+    kv_lock(out->group->engine);
+    out->accepted = false;
+    if (!out->closed) kv_update_turn(out);
+    kv_unlock(out->group->engine);
+    Py_RETURN_NONE;
 }
 
 static PyObject *outgoing_stats(PyObject *self, PyObject *unused) {
@@ -791,6 +860,15 @@ static PyObject *outgoing_stats(PyObject *self, PyObject *unused) {
     kv_unlock(out->group->engine);
     double now_stalled = since ? (double)(kv_now_ns() - since) / 1e9 : 0.0;
     return Py_BuildValue("(KKKKKdd)", chunks, cut, resent, inflight, left, now_stalled, (double)stalled / 1e9);
+}
+
+static PyObject *outgoing_stalled(PyObject *self, PyObject *unused) {
+    (void)unused;
+    kv_outgoing *out = ((Outgoing *)self)->out;
+    kv_lock(out->group->engine);
+    uint64_t since = out->stalled_since;
+    kv_unlock(out->group->engine);
+    return PyFloat_FromDouble(since ? (double)(kv_now_ns() - since) / 1e9 : 0.0);
 }
 
 static PyObject *outgoing_close(PyObject *self, PyObject *unused) {
@@ -810,9 +888,13 @@ static PyMethodDef outgoing_methods[] = {
     {"requeue", outgoing_requeue, METH_O,
      "requeue($self, serial, /)\n--\n\nSend again what this connection had; returns the bytes."},
     {"swap", outgoing_swap, METH_VARARGS,
-     "swap($self, key, base, pieces, /)\n--\n\nThe span's bytes lie here now; when this returns the old place is not "
-     "read any more. False: the span is gone."},
-    {"uncut", outgoing_uncut, METH_O, "uncut($self, key, /)\n--\n\nBytes of the span that were never sent."},
+     "swap($self, layer, tensor, start, base, pieces, /)\n--\n\nThe bytes of the span that starts there lie here now; "
+     "when this returns the old place is not read any more. False: there is no such span."},
+    {"uncut", outgoing_uncut, METH_VARARGS,
+     "uncut($self, layer, tensor, start, /)\n--\n\nBytes that were never sent of the span that starts there."},
+    {"hold", outgoing_hold, METH_NOARGS, "hold($self)\n--\n\nSend nothing until accept() is called again."},
+    {"stalled", outgoing_stalled, METH_NOARGS,
+     "stalled($self)\n--\n\nSeconds for which there has been work and no credit."},
     {"stats", outgoing_stats, METH_NOARGS,
      "stats($self)\n--\n\n(chunks, bytes, resent bytes, bytes on their way, credit left, seconds without credit now, "
      "seconds without credit before)"},

@@ -383,7 +383,7 @@ static bool receive(kv_conn *conn, unsigned char *scratch) {
     }
     conn->heard = true;
     conn->received_bytes += (uint64_t)got;
-    if (conn->finishing) return (size_t)got == asked || conn->ending;
+    if (conn->finishing) return (size_t)got == asked || conn->ending || conn->stream->ops->pending;
     conn->in_at += mine;
     conn->in_head_at += (size_t)got - mine;
     if (conn->in != KV_IN_HEAD && conn->in_at == conn->header.length) {
@@ -396,8 +396,7 @@ static bool receive(kv_conn *conn, unsigned char *scratch) {
         else if (conn->in_head_at >= 4 && memcmp(conn->in_head, "KVT1", 4) != 0)
             bad(conn, 0, conn->in_head, conn->in_head_at);
     }
-    bool pending = conn->stream->ops->pending && conn->stream->ops->pending(conn->stream);
-    return (size_t)got == asked || pending || conn->ending;
+    return (size_t)got == asked || conn->ending || conn->stream->ops->pending;
 }
 
 void kv_read_some(kv_conn *conn, unsigned char *scratch) {

@@ -79,7 +79,7 @@ void kv_update_turn(kv_outgoing *out) {
         out->stalled_ns += kv_now_ns() - out->stalled_since;
         out->stalled_since = 0;
     }
-    bool runnable = !out->closed && (drop_stale_retries(out) || has_credit);
+    bool runnable = !out->closed && out->accepted && (drop_stale_retries(out) || has_credit);
     if (!runnable) leave_level(out);
     else if (!out->level) enter_level(out);
 }
@@ -160,13 +160,10 @@ kv_span *kv_outgoing_add(kv_outgoing *out, kv_out_slot *slot, uint64_t start, kv
     return span;
 }
 
-kv_span *kv_span_find(const kv_outgoing *out, uint64_t key) {
-    for (size_t i = 0; i < out->slot_count; i++) {
-        const kv_out_slot *slot = &out->slots[i];
-        for (size_t k = 0; k < slot->count; k++)
-            if (slot->spans[slot->begin + k]->key == key) return slot->spans[slot->begin + k];
-    }
-    return NULL;
+kv_span *kv_span_find(const kv_out_slot *slot, uint64_t start) {
+    size_t at = span_at(slot, start);
+    if (at == slot->begin + slot->count || slot->spans[at]->start != start) return NULL;
+    return slot->spans[at];
 }
 
 static bool sends_from(const kv_conn *conn, const kv_span *span) { return conn->out == KV_OUT_DATA && conn->span == span; }
@@ -268,7 +265,7 @@ static bool cut(kv_outgoing *out, kv_span **span_out, size_t *index) {
 }
 
 static bool take_retry(kv_outgoing *out, kv_span **span, size_t *index) {
-    if (!drop_stale_retries(out)) return false;
+    if (!out->accepted || !drop_stale_retries(out)) return false;
     kv_retry *retry = &out->retries[out->retry_at];
     out->retry_at++;
     out->retry_count--;

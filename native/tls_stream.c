@@ -3,6 +3,7 @@
 
 #ifdef KV_ENGINE
 #include <stdlib.h>
+#include <sys/socket.h>
 
 #include "tls.h"
 
@@ -17,9 +18,18 @@ static ssize_t tls_readv(kv_stream *stream, struct iovec *items, size_t count) {
 static ssize_t tls_writev(kv_stream *stream, struct iovec *items, size_t count) {
     return kv_tls_writev(((tls_stream *)stream)->records, items, count);
 }
-static int tls_flush(kv_stream *stream) { return kv_tls_flush(((tls_stream *)stream)->records); }
+static int tls_flush(kv_stream *stream) {
+    kv_tls_records *records = ((tls_stream *)stream)->records;
+    int result = kv_tls_flush(records);
+    if (result == 0 && records->shut) shutdown(stream->fd, SHUT_WR); /* close_notify is out */
+    return result;
+}
 static bool tls_pending(kv_stream *stream) { return kv_tls_pending(((tls_stream *)stream)->records); }
-static void tls_shutdown(kv_stream *stream) { kv_tls_shutdown(((tls_stream *)stream)->records); }
+static void tls_shutdown(kv_stream *stream) {
+    kv_tls_records *records = ((tls_stream *)stream)->records;
+    kv_tls_shutdown(records);
+    if (kv_tls_kept(records) == 0) shutdown(stream->fd, SHUT_WR);
+}
 static void tls_destroy(kv_stream *stream) { free(stream); }
 
 /* Not exclusive: after the handshake the two directions share nothing that is not atomic. */

@@ -22,8 +22,8 @@ from ..errors import ConfigError, ConnectError
 from ..flow.gate import Pacer
 from .base import TlsSession
 
-_TCP_INFO = getattr(socket, "TCP_INFO", 11)
-_RTT_OFFSET = 68  # tcpi_rtt in struct tcp_info (linux/tcp.h): 8 bytes of flags, then 32-bit words; rtt is the 16th
+TCP_INFO = getattr(socket, "TCP_INFO", 11)
+RTT_OFFSET = 68  # tcpi_rtt in struct tcp_info (linux/tcp.h): 8 bytes of flags, then 32-bit words; rtt is the 16th
 _SIOCOUTQ = 0x5411
 LAST_WORD_S = 1.0
 """How long a connection that was refused is kept so that the reason arrives."""
@@ -76,6 +76,13 @@ class TcpStream:
         if pages is None:
             return recv_pages(self._fd, None, None, start, tail, tail_start, self.step_bytes)
         return recv_pages(self._fd, pages.base, pages.pieces, start, tail, tail_start, self.step_bytes)
+
+    def detach(self) -> int:
+        """The descriptor, which is the caller's from now on."""
+        self.on_readable(None)
+        self.on_writable(None)
+        self._fd = -1
+        return self._sock.detach()
 
     def on_readable(self, callback: Callable[[], None] | None) -> None:
         if callback is not None:
@@ -135,8 +142,8 @@ class TcpStream:
     def rtt_s(self) -> float | None:
         if self._fd < 0 or sys.platform != "linux":
             return None
-        info = self._sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 104)
-        return int(struct.unpack_from("<I", info, _RTT_OFFSET)[0]) / 1e6
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 104)
+        return int(struct.unpack_from("<I", info, RTT_OFFSET)[0]) / 1e6
 
     def congestion(self) -> str:
         """The congestion control this socket runs: what was asked for may not be allowed."""

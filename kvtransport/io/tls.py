@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from .. import _pure_tls
 from .._pure_tls import ALERTS
 from ..buffers import PageList
 from ..errors import ConfigError, ConnectError, Fault, KVError, TlsError
@@ -45,6 +46,11 @@ class Engine(Protocol):
     def shutdown(self) -> int: ...
 
 
+def native_records() -> bool:
+    """Whether records are made by the extension."""
+    return implementation() is not _pure_tls
+
+
 class TlsStream:
     """A TCP stream with TLS on it, after the handshake."""
 
@@ -62,6 +68,11 @@ class TlsStream:
         self.session: TlsSession | None = TlsSession(
             engine.peer_certificate, engine.channel_binding, engine.cipher or "", engine.kernel
         )
+
+    def detach(self) -> tuple[int, Engine]:
+        """The descriptor and the records, which are the caller's from now on."""
+        self._forget()
+        return self._tcp.detach(), self._engine
 
     # -- bytes ---------------------------------------------------------------------------------
 
@@ -81,7 +92,7 @@ class TlsStream:
             return self._engine.recv_pages(base, pieces, start, tail, tail_start, self._tcp.step_bytes)
         except OSError as error:
             if self._engine.alert is not None:
-                raise BrokenStreamError(_alert_error(self.peer, self._engine.alert)) from error
+                raise BrokenStreamError(alert_error(self.peer, self._engine.alert)) from error
             raise
 
     def on_readable(self, callback: Callable[[], None] | None) -> None:
@@ -407,13 +418,13 @@ def _handshake_error(peer: str, name: str, error: OSError) -> KVError:
             return TlsError(f"TLS with {peer} (as {name!r}) failed: {advice} [{said}]")
     for number, text in ALERTS.items():
         if f"alert {text}" in said:
-            return _alert_error(peer, number)
+            return alert_error(peer, number)
     if isinstance(error, ConnectionError):
         return TlsError(f"{peer} broke the connection during the TLS handshake: {said}", retryable=True)
     return TlsError(f"TLS with {peer} (as {name!r}) failed: {said}")
 
 
-def _alert_error(peer: str, alert: int) -> KVError:
+def alert_error(peer: str, alert: int) -> KVError:
     said = ALERTS.get(alert, f"alert {alert}")
     advice = ""
     if alert == 116:

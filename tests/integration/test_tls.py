@@ -102,7 +102,7 @@ async def test_strangers_are_told_the_same(pki, token):
 
 async def test_a_proof_is_worth_nothing_on_another_connection(pki, monkeypatch):
     """A server that a client dials cannot pass its token on, and nobody can say it twice."""
-    from kvtransport.connection import Connection
+    from kvtransport.engine.native import EngineConnection as Connection
 
     said: list[bytes] = []
     real = Connection.send_control

@@ -582,6 +582,6 @@ async def test_data_for_a_transfer_that_was_never_accepted_ends_the_connection(p
     pages = PageList.of(bytearray(b"x" * 100))
     head = data_head(new_transfer_id(), 0, 0, 0, 0, pages, checksum=True)
     pair.link.connections[0].send_control(head + pages.tobytes())
-    pair.link._schedule()
+    pair.link.lanes.schedule()
     error = await asyncio.wait_for(pair.link.wait_closed(), 5)
     assert "never accepted" in str(error)

@@ -351,16 +351,16 @@ def test_closing_resets_where_nothing_would_void(engine, group):
 
 
 def test_swapped_source_goes_on_elsewhere(engine, group):
-    end, source, out, key = half_sent(engine, group)
-    assert out.swap(key, bytes(source), None)
+    end, source, out, _ = half_sent(engine, group)
+    assert out.swap(0, 0, 0, bytes(source), None)
     engine.drain()
     source[:] = bytes(len(source))
     [frame] = end.frames(1)
     assert frame.error is None
     assert frame.payload == b"\x5a" * (8 * MIB)
     with pytest.raises(ValueError):
-        out.swap(key, b"short", None)
-    assert out.swap(999, b"x", None) is False
+        out.swap(0, 0, 0, b"short", None)
+    assert out.swap(0, 0, 1, b"x", None) is False
 
 
 def test_work_goes_to_whoever_can_send(engine, group):
@@ -674,7 +674,8 @@ def test_everything_at_once():
         applied, deadline = 0, time.monotonic() + 20
         if fate == "swap":
             for key in keys:
-                out.swap(key, bytes(source[:half] if key == min(keys) else source[half:]), None)
+                first = key == min(keys)
+                out.swap(0, 0, 0 if first else half, bytes(source[:half] if first else source[half:]), None)
         while keys and time.monotonic() < deadline:
             select.select([left.fileno(), right.fileno()], [], [], 0.01)
             for event in left.drain():
@@ -693,8 +694,8 @@ def test_everything_at_once():
             if fate == "lose" and applied > size // 4 and len(senders) > 1:
                 tag = next(iter(senders))
                 senders[tag][1].close(True)
-                out.requeue(senders[tag][0].serial)
                 senders[tag][0].close(True)
+                out.requeue(senders[tag][0].serial)  # it takes nothing any more
                 del senders[tag]
                 connect(100 + number)
                 fate = "finish"

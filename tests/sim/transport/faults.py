@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from kvtransport.engine.incoming import PythonIncoming
 from kvtransport.wire import bodies
 from kvtransport.wire.frames import FrameType
 from kvtransport.wire.state import TransferEvent
@@ -116,7 +117,8 @@ def _resume(world: World) -> None:
     if not slots:
         return
     slot = world.rng.choice(slots)
-    missing = job.receiver._ranges[slot].missing(0, len(job.truth[slot]))
+    assert isinstance(job.receiver._into, PythonIncoming)
+    missing = job.receiver._into._ranges[slot].missing(0, len(job.truth[slot]))
     ranges = bodies.byte_ranges([(*slot, start, stop) for start, stop in missing])
     if ranges:
         job.receiver._machine.fire(TransferEvent.SEND_RESUME)

@@ -9,14 +9,14 @@ from unittest import mock
 
 from kvtransport import connection as connection_module
 from kvtransport import endpoint as endpoint_module
-from kvtransport.receiver import Receiver
+from kvtransport.engine.incoming import PythonIncoming
 from kvtransport.sender import Sender
 from kvtransport.wire import frames
 from kvtransport.wire.ranges import RangeSet
 from kvtransport.wire.state import ConnectionMachine
 
 
-def _claim_not_voided(self: Receiver, slot: tuple[int, int], start: int, stop: int, attempt: int) -> bool:
+def _claim_not_voided(self: PythonIncoming, slot: tuple[int, int], start: int, stop: int, attempt: int) -> bool:
     rivals = [
         (connection, claim)
         for connection, claim in self._claims.items()
@@ -62,7 +62,7 @@ def _merged_wrongly(self: RangeSet, start: int, stop: int) -> int:
 _ADD = RangeSet.add
 
 MUTATIONS: dict[str, Callable[[], Any]] = {
-    "claim not voided on takeover": lambda: mock.patch.object(Receiver, "_win", _claim_not_voided),
+    "claim not voided on takeover": lambda: mock.patch.object(PythonIncoming, "_win", _claim_not_voided),
     "cancel not waiting": lambda: mock.patch.object(Sender, "_settle", _no_settling),
     "incarnation unchecked": lambda: mock.patch.object(endpoint_module, "ConnectionMachine", _Unfenced),
     "header check skipped": lambda: mock.patch.object(connection_module, "unpack_header", _unpack_unchecked),

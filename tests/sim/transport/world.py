@@ -16,6 +16,8 @@ import numpy as np
 
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
+from kvtransport.engine.incoming import PythonIncoming
+from kvtransport.engine.python import PythonLanes
 from kvtransport.errors import Fault, KVError, ProtocolError, RefusedError
 from kvtransport.flow.spilling import SpillPolicy, WhenFull
 from kvtransport.link import Link
@@ -158,12 +160,13 @@ class World:
             if job.target_over or receiver is None:
                 self.violate(f"job {job.number}: {slot} {offset}..{offset + n} was written after the end")
                 return
+            assert isinstance(receiver._into, PythonIncoming)
             if not any(
                 connection.stream is stream
                 and (claim.layer, claim.tensor) == slot
                 and claim.start <= offset
                 and offset + n <= claim.stop
-                for connection, claim in receiver._claims.items()
+                for connection, claim in receiver._into._claims.items()
             ):
                 self.violate(f"job {job.number}: {slot} {offset}..{offset + n} was written outside a live claim")
 
@@ -500,13 +503,17 @@ class World:
                 "incoming": link._incoming,
                 "calls": link._calls,
                 "serving": link._serving,
-                "turns": len(link._turns),
             }
+            assert isinstance(link.lanes, PythonLanes)
+            left |= {"lanes": link.lanes.connections, "turns": len(link.lanes._turns), "into": link.lanes._incoming}
         for job in self.jobs:
             if job.sender is not None:
                 left |= {"live": job.sender._live, "held": job.sender._held, "copies": job.sender._copies}
-            if job.receiver is not None:
-                left |= {"claims": job.receiver._claims, "granted": job.receiver._granted}
+                left |= {"units": job.sender._units, "pending": job.sender._pending}
+            into = None if job.receiver is None else job.receiver._into
+            if into is not None:
+                assert isinstance(into, PythonIncoming)
+                left |= {"claims": into._claims, "granted": into._granted}
             for name, value in left.items():
                 if value:
                     self.violate(f"{process}: {name} left: {value}")

@@ -20,6 +20,7 @@ RUNS ?= 2
 ABORTS ?= 10000
 FAULTS_OUT ?= benchmarks/results/local/faults.json
 FAULTS_ARGS ?=
+CLUSTER_SEEDS ?= 5000
 SIM_OUT ?= benchmarks/results/local/sim
 # Twice quiet: errors only.
 PIP_FLAGS ?= -qq
@@ -36,7 +37,7 @@ DEMO_STAMP := $(DEMO_VENV)/.installed
 TEST_STAMP := $(TEST_VENV)/.installed
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help demo demo-real test test-sim test-faults test-engines test-engines-quick bench lint types test-native fuzz clean
+.PHONY: help demo demo-real test test-sim test-sim-cluster test-faults test-engines test-engines-quick bench lint types test-native fuzz clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r t d; do printf '  %-18s %s\n' "$$t" "$$d"; done
@@ -86,6 +87,10 @@ test: $(TEST_STAMP) ## All tests, with torch and transformers (PYTEST_ARGS="-k .
 test-sim: $(TEST_STAMP) ## Transport over a simulated network: SEEDS=10000 schedules of faults, and the mutations they must notice
 	$(TEST_VENV)/bin/python -m tests.sim.transport --seeds 0:$(SEEDS) --json $(SIM_OUT)/seeds.json
 	$(TEST_VENV)/bin/python -m tests.sim.transport --mutations --json $(SIM_OUT)/mutations.json
+
+test-sim-cluster: $(TEST_STAMP) ## A cluster of pools over a simulated network: CLUSTER_SEEDS=5000, and the mutations they must notice
+	$(TEST_VENV)/bin/python -m tests.sim.cluster --seeds 0:$(CLUSTER_SEEDS) --json $(SIM_OUT)/cluster-seeds.json
+	$(TEST_VENV)/bin/python -m tests.sim.cluster --mutations --json $(SIM_OUT)/cluster-mutations.json
 
 engines = KVPOOL_TEST_ENGINES=1 ENGINES_OUT="$(ENGINES_OUT)" $(VLLM_VENV)/bin/python -m pytest --confcutdir=tests/engines
 

@@ -28,7 +28,7 @@ from kvtransport.manifest import Manifest, new_transfer_id
 from tests.poolkit import LAYOUTS, content
 
 STEP = 16
-TTL_S = 0.6
+TTL_S = 1.2
 """Short, so that deaths are seen within a test."""
 CUT = CacheLayout("no windows", tuple(g for g in LAYOUTS["everything"].groups if g.window is None))
 WINDOWS = LAYOUTS["hybrid"]
@@ -137,10 +137,9 @@ class Node:
 
     async def announced(self) -> None:
         """Wait until everything has been announced."""
-        async with asyncio.timeout(5):
-            while self.agent.announcer.pending:
+        async with asyncio.timeout(10):
+            while self.agent.announcer.pending or self.agent.announcing:
                 await asyncio.sleep(0.01)
-        await asyncio.sleep(0.02)
 
     async def stop(self, *, leave: bool = True) -> None:
         """Shut down; without ``leave`` as a crash would."""

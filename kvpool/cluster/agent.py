@@ -70,6 +70,8 @@ class NodeAgent:
         self._draining: asyncio.Task[None] | None = None
         self._config: EndpointConfig | None = None
         self.announced = 0
+        self.announcing = False
+        """Whether an announcement is on its way."""
         self.failures = 0
         self._ttl_s = 0.0
         core.watcher = self.announcer
@@ -265,6 +267,7 @@ class NodeAgent:
             self.announcer.refresh(self._clock(), ROUND)
             changes = self.announcer.take(self._clock(), ROUND)
             if changes:
+                self.announcing = True
                 try:
                     await directory.announce(self.node, changes, ENTRY_TTL_S)
                     self.announced += len(changes)
@@ -272,5 +275,7 @@ class NodeAgent:
                     self.failures += 1
                     self.announcer.failed(self._clock(), changes)
                     await asyncio.sleep(1.0)
+                finally:
+                    self.announcing = False
             if len(changes) < ROUND:
                 await asyncio.sleep(ANNOUNCE_S)

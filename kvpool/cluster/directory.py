@@ -24,7 +24,7 @@ class Directory(Protocol):
         ...
 
     async def announce(self, node: str, changes: Mapping[bytes, bytes | None], ttl_s: float) -> None:
-        """Set (None: remove) the node's entries of segments, by their 16-byte keys; forgotten after ``ttl_s``."""
+        """Set (None: remove) the node's entries of segments, by their 24-byte keys; forgotten after ``ttl_s``."""
         ...
 
     async def look(self, keys: Sequence[bytes]) -> list[dict[str, bytes]]:

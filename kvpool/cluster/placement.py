@@ -29,7 +29,7 @@ class Placement(Protocol):
     """Where segments are written; where they are read from is what the directory says."""
 
     def order(self, segment: bytes, members: Sequence[Member]) -> list[Member]:
-        """The members that may take ``segment`` (16 bytes), best first."""
+        """The members that may take ``segment`` (its placement name, 16 bytes), best first."""
         ...
 
 

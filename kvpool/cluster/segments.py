@@ -19,18 +19,22 @@ from kvpool.keys import KeyChain, Namespace
 from kvtransport.layout import CacheLayout, GroupKind
 
 SEGMENT_BLOCKS = 64
+PLACE_BYTES, TAG_BYTES = 16, 8
 Slot = tuple[int, int]
 """(layer, tensor)"""
-
-
-def segment_key(ns: Namespace, first: bytes) -> bytes:
-    """16 bytes that name the segment beginning with block key ``first``; also the directory's key for it."""
-    return hashlib.blake2b(first, digest_size=16, key=ns.id).digest()
 
 
 def placement_name(first: bytes) -> bytes:
     """16 bytes that a segment beginning with block key ``first`` is placed by: the same for all that is stored of it."""
     return hashlib.blake2b(first, digest_size=16, person=b"kvt1-place").digest()
+
+
+def segment_key(ns: Namespace, first: bytes) -> bytes:
+    """24 bytes that name what ``ns`` holds of the segment beginning with block key ``first``; also the directory's key for it.
+
+    The first 16 are its :func:`placement_name`: all that is stored of a segment is found at one place.
+    """
+    return placement_name(first) + ns.id[:TAG_BYTES]
 
 
 @dataclass(frozen=True, slots=True)

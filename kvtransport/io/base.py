@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ..buffers import PageList
 from ..errors import KVError
+from ..flow.telemetry import PathInfo
 
 
 class BrokenStreamError(OSError):
@@ -74,8 +75,8 @@ class ByteStream(Protocol):
     def abort(self) -> None:
         """Close at once with a reset where there is one. Idempotent."""
 
-    def rtt_s(self) -> float | None:
-        """The smoothed round trip as the stream knows it, seconds."""
+    def info(self) -> PathInfo | None:
+        """What the system knows of the path; None where it says nothing."""
 
     def unsent_bytes(self) -> int:
         """Bytes taken that the peer has not acknowledged, as far as is known."""

@@ -140,8 +140,8 @@ class MemoryStream:
             self._out.size = 0
             self.close()
 
-    def rtt_s(self) -> float | None:
-        return 0.0
+    def info(self) -> None:
+        return None
 
     def unsent_bytes(self) -> int:
         return self._out.size

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from ..buffers import PageList, recv_pages, send_pages
 from ..errors import ConfigError, ConnectError
 from ..flow.gate import Pacer
+from ..flow.telemetry import PathInfo
+from . import tcp_info
 from .base import TlsSession
 
 TCP_INFO = getattr(socket, "TCP_INFO", 11)
-RTT_OFFSET = 68  # tcpi_rtt in struct tcp_info (linux/tcp.h): 8 bytes of flags, then 32-bit words; rtt is the 16th
 _SIOCOUTQ = 0x5411
 LAST_WORD_S = 1.0
 """How long a connection that was refused is kept so that the reason arrives."""
@@ -139,11 +140,10 @@ class TcpStream:
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
-    def rtt_s(self) -> float | None:
+    def info(self) -> PathInfo | None:
         if self._fd < 0 or sys.platform != "linux":
             return None
-        info = self._sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 104)
-        return int(struct.unpack_from("<I", info, RTT_OFFSET)[0]) / 1e6
+        return tcp_info.parse(self._sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, tcp_info.BYTES))
 
     def congestion(self) -> str:
         """The congestion control this socket runs: what was asked for may not be allowed."""

@@ -17,6 +17,7 @@ from .._pure_tls import ALERTS
 from ..buffers import PageList
 from ..errors import ConfigError, ConnectError, Fault, KVError, TlsError
 from ..flow.gate import Gate, Pacer
+from ..flow.telemetry import PathInfo
 from ..reloading import Reloading
 from ..tls import Credentials, implementation
 from .base import BrokenStreamError, TlsSession
@@ -185,8 +186,8 @@ class TlsStream:
 
     # -- what it knows -------------------------------------------------------------------------
 
-    def rtt_s(self) -> float | None:
-        return self._tcp.rtt_s()
+    def info(self) -> PathInfo | None:
+        return self._tcp.info()
 
     def congestion(self) -> str:
         """The congestion control of the socket."""

@@ -149,8 +149,8 @@ class SimStream:
     def abort(self) -> None:
         self._close(reset=True)
 
-    def rtt_s(self) -> float | None:
-        return 2 * self.network.path.latency_s
+    def info(self) -> None:
+        return None
 
     def unsent_bytes(self) -> int:
         return self.out.held

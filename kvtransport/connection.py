@@ -102,6 +102,9 @@ class AnyConnection(Protocol):
     def start(self) -> None:
         """Begin to receive."""
 
+    def limit(self, limits: Limits) -> None:
+        """Largest payloads of frames from now on."""
+
     def heard(self, now: float) -> None:
         """Called by the owner's clock: notes whether anything arrived since the last call."""
 
@@ -160,6 +163,9 @@ class Connection:
 
     def start(self) -> None:
         self.stream.on_readable(self._readable)
+
+    def limit(self, limits: Limits) -> None:
+        self._limits = limits
 
     # -- reading -------------------------------------------------------------------------------
 

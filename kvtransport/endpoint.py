@@ -33,7 +33,7 @@ from .receiver import Expectation, Receiver
 from .spill import SpillArea
 from .tls import TlsConfig
 from .wire import bodies
-from .wire.frames import DEFAULT_LIMITS, FrameType, Header, Limits, decode_control, encode_control
+from .wire.frames import DEFAULT_LIMITS, STRANGER_LIMITS, FrameType, Header, Limits, decode_control, encode_control
 from .wire.state import ConnectionMachine, Role
 
 Handler = Callable[[Link, dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -263,6 +263,7 @@ class Endpoint:
             if link.closed:
                 raise HandshakeError("the link that is dialled again has ended")
         handshake.connection.index = hello.index
+        handshake.connection.limit(self.config.limits)
         handshake.say_hello(hello.link, hello.index, hello.count)
         if handshake.connection.closed:
             return  # it broke under the answer
@@ -285,10 +286,10 @@ class Endpoint:
 
     # -- who moves the bytes -------------------------------------------------------------------
 
-    def new_connection(self, stream: ByteStream, owner: Owner) -> AnyConnection:
+    def new_connection(self, stream: ByteStream, owner: Owner, limits: Limits) -> AnyConnection:
         if self._engine is not None and self._engine.carries(stream):
-            return self._engine.connection(stream, owner, limits=self.config.limits)
-        return Connection(stream, owner, limits=self.config.limits, now=self._loop.time())
+            return self._engine.connection(stream, owner, limits=limits)
+        return Connection(stream, owner, limits=limits, now=self._loop.time())
 
     def new_lanes(self) -> Lanes:
         return PythonLanes() if self._engine is None else self._engine.lanes()
@@ -449,7 +450,8 @@ class _Handshake:
         self._join = join
         loop = asyncio.get_running_loop()
         self.machine = machine
-        self.connection = endpoint.new_connection(stream, self)
+        stranger = machine.role is Role.ACCEPT
+        self.connection = endpoint.new_connection(stream, self, STRANGER_LIMITS if stranger else endpoint.config.limits)
         self.done: asyncio.Future[None] = loop.create_future()
         self.done.add_done_callback(lambda f: f.cancelled() or f.exception())
         self._timer = loop.call_later(endpoint.config.handshake_timeout_s, self._expired)

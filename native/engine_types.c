@@ -252,20 +252,30 @@ static PyObject *engine_drain(PyObject *self, PyObject *unused) {
     return list;
 }
 
+static int take_limits(PyObject *object, uint32_t *limits) {
+    if (!PyTuple_Check(object) || PyTuple_Size(object) != KV_TYPES) {
+        PyErr_Format(PyExc_TypeError, "limits must be a tuple of %d integers", KV_TYPES);
+        return -1;
+    }
+    for (int i = 0; i < KV_TYPES; i++) {
+        unsigned long limit = PyLong_AsUnsignedLong(PyTuple_GetItem(object, i));
+        if (PyErr_Occurred()) return -1;
+        if (limit > UINT32_MAX) {
+            PyErr_Format(PyExc_ValueError, "limit %d is over 2^32-1", i);
+            return -1;
+        }
+        limits[i] = (uint32_t)limit;
+    }
+    return 0;
+}
+
 static PyObject *engine_adopt(PyObject *self, PyObject *args) {
     int fd;
     long long tag;
     PyObject *limits_object, *tls = Py_None;
     if (!PyArg_ParseTuple(args, "iOL|O:adopt", &fd, &limits_object, &tag, &tls)) return NULL;
     uint32_t limits[KV_TYPES] = {0};
-    if (!PyTuple_Check(limits_object) || PyTuple_Size(limits_object) != KV_TYPES)
-        return PyErr_Format(PyExc_TypeError, "limits must be a tuple of %d integers", KV_TYPES);
-    for (int i = 0; i < KV_TYPES; i++) {
-        unsigned long limit = PyLong_AsUnsignedLong(PyTuple_GetItem(limits_object, i));
-        if (PyErr_Occurred()) return NULL;
-        if (limit > UINT32_MAX) return PyErr_Format(PyExc_ValueError, "limit %d is over 2^32-1", i);
-        limits[i] = (uint32_t)limit;
-    }
+    if (take_limits(limits_object, limits) < 0) return NULL;
     Conn *conn = (Conn *)new_object(conn_type);
     if (!conn) return NULL;
     Py_INCREF(self);
@@ -371,6 +381,16 @@ static PyObject *conn_join(PyObject *object, PyObject *group) {
     Py_RETURN_NONE;
 }
 
+static PyObject *conn_limit(PyObject *object, PyObject *tuple) {
+    Conn *self = (Conn *)object;
+    uint32_t limits[KV_TYPES] = {0};
+    if (take_limits(tuple, limits) < 0) return NULL;
+    kv_lock(self->conn->engine);
+    memcpy(self->conn->limits, limits, sizeof limits);
+    kv_unlock(self->conn->engine);
+    Py_RETURN_NONE;
+}
+
 static PyObject *conn_send(PyObject *self, PyObject *data) {
     char *bytes;
     Py_ssize_t nbytes;
@@ -463,6 +483,7 @@ static PyObject *conn_serial(PyObject *self, void *unused) {
 }
 
 static PyMethodDef conn_methods[] = {
+    {"limit", conn_limit, METH_O, "limit($self, limits, /)\n--\n\nLargest payloads by frame type, of headers from now on."},
     {"join", conn_join, METH_O, "join($self, group, /)\n--\n\nBecome one of the group's connections."},
     {"send", conn_send, METH_O, "send($self, frame, /)\n--\n\nQueue a control frame; returns the bytes that wait."},
     {"finish", conn_finish, METH_NOARGS,

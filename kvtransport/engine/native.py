@@ -191,6 +191,10 @@ class EngineConnection:
 
     # -- AnyConnection -------------------------------------------------------------------------
 
+    def limit(self, limits: Limits) -> None:
+        self._limits = limits
+        self.native.limit(limits.by_type)
+
     def start(self) -> None:
         """It receives since it was made; what came is told by the next turn of the loop."""
 

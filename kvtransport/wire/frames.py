@@ -139,6 +139,8 @@ class Limits:
 
 
 DEFAULT_LIMITS: Final = Limits()
+STRANGER_LIMITS: Final = Limits(open=0, accept=0, data=0, ack=0, seal=0, cancel=0, resume=0, call=0, reply=0)
+"""Of a peer that dialled in and has not been let in yet: nothing is stored of what it may not say."""
 
 
 class Header(NamedTuple):

@@ -26,6 +26,7 @@ from kvtransport.errors import (
 from kvtransport.identity import Identity, Token, TokenStore, load_tokens
 from kvtransport.receiver import Expectation
 from kvtransport.tls import TlsConfig, load_credentials
+from kvtransport.wire.frames import FrameType, pack_header, seal_header
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -437,3 +438,19 @@ async def test_a_transfer_goes_on_under_a_flood(pki, make_manifest, make_cache):
         stop.set()
         await asyncio.gather(*floods)
         assert link.telemetry().connections == 2
+
+
+@pytest.mark.parametrize("threads", [0, 1], ids=["loop", "engine"])
+@pytest.mark.parametrize("kind", [FrameType.CALL, FrameType.OPEN, FrameType.DATA])
+async def test_a_stranger_cannot_make_this_side_store_large_frames(threads, kind):
+    """Four MiB that are announced before the HELLO are refused at their header; nothing waits for them."""
+    async with Endpoint(EndpointConfig(io_threads=threads)) as there:
+        reader, writer = await asyncio.open_connection(*await there.listen("127.0.0.1"))
+        transfer = bytes(16) if kind is FrameType.CALL else os.urandom(16)
+        writer.write(seal_header(pack_header(kind, transfer=transfer, length=1 << 20), 1))
+        answer = await asyncio.wait_for(reader.read(65_536), 2)
+        assert b"limit" in answer
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        assert there.refusals["limit"] == 1

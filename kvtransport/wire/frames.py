@@ -139,8 +139,9 @@ class Limits:
 
 
 DEFAULT_LIMITS: Final = Limits()
-STRANGER_LIMITS: Final = Limits(open=0, accept=0, data=0, ack=0, seal=0, cancel=0, resume=0, call=0, reply=0)
-"""Of a peer that dialled in and has not been let in yet: nothing is stored of what it may not say."""
+_SMALL: Final = 8 << 10
+STRANGER_LIMITS: Final = Limits(open=_SMALL, data=_SMALL, ack=_SMALL, resume=_SMALL, call=_SMALL, reply=_SMALL)
+"""Of a peer that dialled in and has not been let in yet: enough to tell it what is wrong, too little to fill memory."""
 
 
 class Header(NamedTuple):

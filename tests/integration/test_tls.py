@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import os
 import shutil
+import socket
 import ssl
 
 import pytest
@@ -73,6 +74,18 @@ async def test_a_transfer_over_tls_both_ways(pki, native, monkeypatch, make_mani
             cache, blank = make_cache(manifest, page_bytes=2304), make_cache(manifest, page_bytes=2304, blank=True)
             await transfer(sender, receiver, manifest, cache, blank)
         assert link.telemetry().rtt_s > 0
+        # Sealed by the kernel exactly where it can: elsewhere the fallback has just moved all of this.
+        assert link.connections[0].stream.session.kernel == (native and kernel_has_tls())
+
+
+def kernel_has_tls() -> bool:
+    """Whether TCP_ULP "tls" may be set on a connected socket."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sock:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, 31, b"tls")
+        except OSError:
+            return False
+        return True
 
 
 async def test_a_token_lets_in_and_names_the_tenant(pki, tmp_path):
@@ -443,7 +456,7 @@ async def test_a_transfer_goes_on_under_a_flood(pki, make_manifest, make_cache):
 @pytest.mark.parametrize("threads", [0, 1], ids=["loop", "engine"])
 @pytest.mark.parametrize("kind", [FrameType.CALL, FrameType.OPEN, FrameType.DATA])
 async def test_a_stranger_cannot_make_this_side_store_large_frames(threads, kind):
-    """Four MiB that are announced before the HELLO are refused at their header; nothing waits for them."""
+    """A MiB that is announced before the HELLO is refused at its header; nothing waits for it."""
     async with Endpoint(EndpointConfig(io_threads=threads)) as there:
         reader, writer = await asyncio.open_connection(*await there.listen("127.0.0.1"))
         transfer = bytes(16) if kind is FrameType.CALL else os.urandom(16)

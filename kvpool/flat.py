@@ -86,8 +86,8 @@ class FlatShelf:
             return
         pages = np.fromiter((len(slab.pages) for _, slab, _ in objects), np.int32, len(objects))
         ranks = self._eviction.policy.first_rank(self._ticks(len(objects)), _unknown(len(objects)), pages, 0)
+        self._drop(key for key, _, _ in objects)
         for (key, slab, checksum), rank in zip(objects, ranks.tolist(), strict=True):
-            self.drop(key)
             entry = FlatEntry(key, slab, checksum, self._next, rank)
             self._next += 1
             self._by_key[key] = self._by_number[entry.number] = entry
@@ -97,25 +97,33 @@ class FlatShelf:
 
     def drop(self, key: bytes) -> bool:
         """Forget ``key``; its memory goes when nobody reads it any more."""
-        entry = self._by_key.pop(key, None)
-        if entry is None:
-            return False
-        del self._by_number[entry.number]
-        entry.gone = True
-        self.pages -= len(entry.slab.pages)
-        if not entry.pins:
-            self.unpinned_pages -= len(entry.slab.pages)
-            self._free([entry.slab])
-        if entry.queued:
-            self._eviction.forget(self.tenant, 1)
-        return True
+        return self._drop([key]) > 0
+
+    def _drop(self, keys: Iterable[bytes]) -> int:
+        """Forget those of ``keys`` that are there; how many they were."""
+        count = queued = 0
+        free: list[Slab] = []
+        for key in keys:
+            entry = self._by_key.pop(key, None)
+            if entry is None:
+                continue
+            count += 1
+            del self._by_number[entry.number]
+            entry.gone = True
+            self.pages -= len(entry.slab.pages)
+            if not entry.pins:
+                self.unpinned_pages -= len(entry.slab.pages)
+                free.append(entry.slab)
+            queued += entry.queued
+        if free:
+            self._free(free)
+        if queued:
+            self._eviction.forget(self.tenant, queued)
+        return count
 
     def clear(self) -> int:
         """Forget everything that is not being read."""
-        keys = [k for k, e in self._by_key.items() if not e.pins]
-        for key in keys:
-            self.drop(key)
-        return len(keys)
+        return self._drop([k for k, e in self._by_key.items() if not e.pins])
 
     def pin(self, entry: FlatEntry) -> None:
         entry.pins += 1

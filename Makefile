@@ -17,6 +17,8 @@ PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_ARGS ?=
 FUZZ_FINDINGS ?= benchmarks/results/local/fuzz
+SOAK_MINUTES ?= 30
+SOAK_JSON ?= benchmarks/results/local/soak.json
 SEEDS ?= 10000
 RUNS ?= 2
 ABORTS ?= 10000
@@ -39,7 +41,7 @@ DEMO_STAMP := $(DEMO_VENV)/.installed
 TEST_STAMP := $(TEST_VENV)/.installed
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help demo demo-real test test-sim test-sim-cluster test-faults test-engines test-engines-quick bench lint types test-native fuzz clean
+.PHONY: help demo demo-real test test-sim test-sim-cluster test-faults test-engines test-engines-quick bench lint types test-native fuzz soak clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r t d; do printf '  %-18s %s\n' "$$t" "$$d"; done
@@ -131,6 +133,10 @@ $(TEST_VENV)/.fuzz: $(TEST_STAMP)
 fuzz: $(TEST_VENV)/.fuzz ## Coverage-guided fuzzing, Python and C, FUZZ_SECONDS=60 for each target; needs clang (FUZZ_ARGS=)
 	$(TEST_VENV)/bin/python tests/fuzz/fuzz_wire.py --seconds $(FUZZ_SECONDS)
 	$(TEST_VENV)/bin/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS) --findings $(FUZZ_FINDINGS) --json $(FUZZ_FINDINGS)/fuzz.json $(FUZZ_ARGS)
+
+soak: $(TEST_STAMP) ## kvpoold at full load with churn, leases, kills: memory flat, nothing leaked, every read checked (SOAK_MINUTES=30)
+	@mkdir -p "$(dir $(SOAK_JSON))"
+	$(TEST_VENV)/bin/python -m tests.soak --minutes $(SOAK_MINUTES) --json "$(SOAK_JSON)"
 
 clean: ## Remove what make built
 	rm -rf $(DEMO_VENV) $(TEST_VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

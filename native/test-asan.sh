@@ -15,7 +15,7 @@ mkdir -p "$work/tests/unit" "$work/logs"
 tar -C "$root" --exclude='*.so' --exclude=__pycache__ -cf - kvtransport kvpool | tar -C "$work" -xf -
 cp "$root/pyproject.toml" "$work/"
 cp "$root/tests/__init__.py" "$root/tests/conftest.py" "$root/tests/tlskit.py" "$work/tests/"
-for test in test_native test_native_arena test_native_engine test_native_engine_tls test_tls_records test_buffers; do cp "$root/tests/unit/$test.py" "$work/tests/unit/"; done
+for test in test_native test_native_arena test_native_engine test_native_engine_tls test_tls_records test_buffers test_pool_table; do cp "$root/tests/unit/$test.py" "$work/tests/unit/"; done
 
 sanitize="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 (

@@ -260,7 +260,19 @@ class FlatGet:
         self._pinned = [e for e in self.entries if e is not None]
         for entry in self._pinned:
             shelf.pin(entry)
-        self.sources: dict[Slot, PageList] = {SLOT: core.arena.pages_in_order([e.slab for e in self._pinned])}
+        self._sources: dict[Slot, PageList] | None = None
+
+    @property
+    def sources(self) -> dict[Slot, PageList]:
+        """All objects one after another, as one extent; nothing after :meth:`close`."""
+        if self._sources is None:
+            self._sources = {SLOT: self._core.arena.pages_in_order([e.slab for e in self._pinned])}
+        return self._sources
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all found objects."""
+        return sum(e.slab.nbytes for e in self._pinned)
 
     @property
     def found(self) -> list[bool]:
@@ -296,7 +308,7 @@ class FlatGet:
         if self.closed:
             return
         self.closed = True
-        self.sources = {}
+        self._sources = {}
         for entry in self._pinned:
             self._shelf.unpin(entry)
         self._pinned = []

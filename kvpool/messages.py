@@ -161,9 +161,9 @@ class Args:
 
     def key_list(self, name: str = "keys") -> list[bytes]:
         values = self.get(name, list)
-        if not all(isinstance(v, bytes) for v in values):
+        if not {bytes}.issuperset(map(type, values)):
             raise ProtocolError(f"{self._verb}: argument {name!r} must be a list of byte strings")
-        return list(values)
+        return values  # type: ignore[no-any-return]
 
     def namespace(self, known: Mapping[bytes, Namespace]) -> Namespace:
         ns = known.get(self.get("ns", bytes))

@@ -394,7 +394,7 @@ class PoolServer:
         deadline_s = args.seconds("deadline_s")
         get = self.core.plan_get_flat(session.tenant, args.key_list(), deadline=self.core.clock() + deadline_s)
         answer: dict[str, Any] = {"found": list(get.found), "checksums": list(get.checksums)}
-        total = sum(pages.nbytes for pages in get.sources.values())
+        total = get.nbytes
         if total <= min(args.integer("inline", 0), INLINE_BYTES):
             answer["data"] = [pages.tobytes() for pages in get.objects]
             self._wire["sent_moved_bytes"] += total

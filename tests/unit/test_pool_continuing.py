@@ -1,0 +1,149 @@
+"""What the default policy learns: which kinds of sequence go on, and which weights would have hit most."""
+
+import numpy as np
+
+from kvpool.eviction.base import Stored
+from kvpool.eviction.continuing import KINDS, UNKNOWN, Continuing, kind_of, turn_of
+from kvpool.eviction.marconi import CANDIDATES, WARM, Marconi, Weights
+from kvpool.eviction.shadow import Shadow, Shown
+
+
+def names(*numbers):
+    return [(0, b"%d" % n) for n in numbers]
+
+
+def test_kinds_are_turns_and_sizes():
+    kinds = {kind_of(turn, size) for turn in range(12) for size in (16, 1_024, 2_048, 4_096, 100_000)}
+    assert kinds == set(range(1, KINDS))
+    assert UNKNOWN not in kinds
+    for turn in range(1, 9):
+        assert turn_of(kind_of(turn, 5_000)) == turn
+    assert kind_of(8, 10) == kind_of(50, 10)
+
+
+def test_odds_follow_what_went_on():
+    learnt = Continuing()
+    short, long = kind_of(3, 100), kind_of(2, 50_000)
+    for i in range(200):
+        learnt.stored(names(0, 10 * i, 10 * i + 1, 10 * i + 2), 1, short, i, 1e9)
+        learnt.stored(names(0, 10 * i, 10 * i + 1, 10 * i + 2, 10 * i + 3), 4, kind_of(4, 100), i, 1e9)
+        learnt.stored(names(0, 5_000 + i, 9_000 + i), 1, long, i, 1e9)
+    assert learnt.odds(short) > 0.5
+    assert learnt.odds(long) < -1
+    assert learnt.odds(UNKNOWN) == 0.0
+    assert abs(learnt.odds(kind_of(8, 5_000))) < 1e-9  # never seen: the mean
+
+
+def test_who_comes_back_too_late_does_not_count():
+    learnt = Continuing()
+    kind = kind_of(2, 100)
+    for i in range(100):
+        learnt.stored(names(1, 10 * i, 10 * i + 1), 1, kind, 1_000 * i, 10.0)
+        learnt.stored(names(1, 10 * i, 10 * i + 1, 10 * i + 2), 3, kind_of(3, 5_000), 1_000 * i + 500, 10.0)
+    assert learnt._continued[kind] == 0
+
+
+def test_an_unfinished_block_that_is_replaced_still_counts():
+    """Turn by turn only the last, partial block is new, and the next turn replaces it."""
+    learnt = Continuing()
+    for turn in range(3, 8):
+        learnt.stored(names(1, 2, 3, 100 + turn), 3, kind_of(turn, 100), turn, 1e9)
+    assert sum(learnt._continued) == 4
+
+
+def test_what_is_remembered_is_bounded():
+    learnt = Continuing(remembered=10)
+    for i in range(100):
+        learnt.stored(names(1, 1_000 + i), 1, 1, i, 1e9)
+    assert len(learnt._open) == 10
+
+
+def test_a_conversation_keeps_its_tag_and_others_spread():
+    learnt = Continuing()
+    tags = []
+    for i in range(400):
+        first = learnt.stored(names(0, 10 * i + 1), 1, 1, i, 1e9)
+        assert learnt.stored(names(0, 10 * i + 1, 10 * i + 2), 2, kind_of(2, 10), i, 1e9) == first
+        tags.append(first)
+    assert 0.4 < np.mean(np.array(tags) < 1 << 31) < 0.6  # though all begin with the same block
+
+
+# -- shadows -------------------------------------------------------------------------------------------
+
+
+def shown(keys, *, odds=0.0, pages=1, ends=(), needs_ends=False):
+    n = len(keys)
+    return Shown(keys, [pages] * n, [10] * n, [0.0] * n, list(ends), needs_ends, odds)
+
+
+def test_a_shadow_without_weights_is_least_recently_used():
+    shadow = Shadow(0.0, 0.0, 4)
+    assert shadow.request(shown([1, 2])) == 0
+    assert shadow.request(shown([1, 3])) == 10
+    assert shadow.request(shown([4])) == 0
+    assert (shadow.used, shadow.nodes) == (4, 4)
+    assert shadow.request(shown([5])) == 0  # block 2 goes: the oldest leaf
+    assert shadow.request(shown([1, 3])) == 20
+    assert shadow.request(shown([1, 2])) == 10
+    assert shadow.request(shown(range(100, 110))) == 0  # larger than all memory
+    assert shadow.used <= 4
+
+
+def test_a_shadow_with_weights_keeps_what_goes_on():
+    hits = []
+    for beta in (0.0, 4.0):
+        shadow = Shadow(0.0, beta, 20)
+        total = 0
+        for i in range(300):
+            total += shadow.request(shown([1, 2, 3], odds=2.0)) if i % 8 == 0 else 0
+            shadow.request(shown([1_000 + 4 * i + j for j in range(4)], odds=-2.0))
+        hits.append(total)
+    assert hits[1] > 30 * 30
+    assert hits[0] == 0
+
+
+def test_a_shadow_hits_at_checkpoints_only():
+    shadow = Shadow(0.0, 0.0, 100)
+    assert shadow.request(shown([1, 2, 3], ends=[(2, 5, 0.0)], needs_ends=True)) == 0
+    assert shadow.used == 8
+    assert shadow.request(shown([1, 2, 4], ends=[(1, 5, 0.0), (2, 5, 0.0)], needs_ends=True)) == 0
+    assert shadow.request(shown([1, 2, 5], ends=[(2, 5, 0.0)], needs_ends=True)) == 20
+    assert shadow.request(shown([1, 2, 3, 6], ends=[(3, 5, 0.0)], needs_ends=True)) == 30
+
+
+def conversation(i, turn):
+    """Turn after turn one segment more, of conversations that a third of the traffic goes on with."""
+    return names(0, *(1_000 * i + t for t in range(1, turn + 3)))
+
+
+def test_weights_are_those_that_would_have_hit_most():
+    """Memory for a few sequences, one kind that goes on and one that never does: recency alone must lose."""
+    policy = Marconi(Weights(0.0, 0.0))
+    policy.bind((), 60)
+    rng = np.random.default_rng(1)
+    open_at = {}
+    for now in range(4 * WARM):
+        if rng.random() < 0.25:
+            which = int(rng.integers(5))
+            turn = open_at[which] = open_at.get(which, 0) + 1
+            keys, added, kind = conversation(which, min(turn, 6)), min(turn, 6) + 1, kind_of(min(turn, 8), 100)
+        else:
+            keys, added, kind = names(0, *(10**6 + 10 * now + j for j in range(9))), 1, kind_of(2, 9_000)
+        n = len(keys)
+        policy.first_rank(np.arange(now * 20, now * 20 + n), np.ones(n, np.float32), np.ones(n, np.int32), kind)
+        policy.learn(Stored(keys, [1] * n, [1.0] * n, [512] * n, [], False, added, kind))
+    told = policy.describe()
+    assert policy.weights.beta > 0
+    best = max(told["candidates"], key=lambda c: c["token_hit_rate"])
+    assert best["token_hit_rate"] > told["candidates"][0]["token_hit_rate"] * 1.2
+    assert len(told["candidates"]) == len(CANDIDATES)
+
+
+def test_large_pools_learn_from_a_sample():
+    policy = Marconi()
+    policy.bind((), 1 << 30)
+    for i in range(400):
+        keys = names(0, 10 * i + 1, 10 * i + 2)
+        policy.learn(Stored(keys, [100] * 3, [1.0] * 3, [512] * 3, [], False, 1, 1))
+    assert 0 < policy._share < 0.01
+    assert policy._seen < 40

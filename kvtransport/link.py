@@ -25,6 +25,7 @@ from .errors import (
 )
 from .flow.backoff import Backoff
 from .flow.keepalive import Keepalive, Verdict
+from .flow.stalls import Stalls
 from .flow.telemetry import PathMeter, PathSummary
 from .identity import Identity
 from .manifest import Manifest
@@ -117,6 +118,7 @@ class Link:
         self._serving: set[asyncio.Task[None]] = set()
         self._sent_before = 0
         self._received_before = 0
+        self._stalls: Stalls[AnyConnection] = Stalls()
         self._meter = PathMeter(self._loop.time())
         config = endpoint.config
         self._keepalive = Keepalive(config.keepalive_s, config.dead_after_s)
@@ -322,6 +324,11 @@ class Link:
                     f"{self.peer} has been silent for {silent:.1f} s although the connection stands: frozen, overloaded or cut off"
                 )
                 connection.fail(error, abort=True)
+        waiting = [(c, c.stream.unsent_bytes()) for c in self.connections if not c.closed]
+        for stalled in self._stalls.judge((c, c.sent_bytes - unsent, unsent) for c, unsent in waiting):
+            for sender in list(self._outgoing.values()):
+                sender.on_connection_stalled(stalled)
+            self._say_again(self._least_busy())
         if not self.closed:
             self._watch = self._loop.call_later(self._keepalive.poll_s, self._judge)
 
@@ -331,10 +338,13 @@ class Link:
         """Queue a control frame on ``via``, or on the connection that is least busy; returns it, None when there is none."""
         if not self.connections:
             return None
-        connection = via or min(self.connections, key=_load)
+        connection = via or self._least_busy()
         connection.send_control(frame)
         self.lanes.schedule()
         return connection
+
+    def _least_busy(self) -> AnyConnection:
+        return min(self.connections, key=lambda c: (c in self._stalls.stalled, c.load))
 
     # -- receiving -----------------------------------------------------------------------------
 
@@ -497,6 +507,3 @@ class Link:
             task.cancel()
         self._endpoint.forget_link(self)
 
-
-def _load(connection: AnyConnection) -> int:
-    return connection.load

@@ -297,6 +297,10 @@ class Sender:
             self._out.hold()  # nothing travels before the consumer has said again what it has
         self._out.requeue(connection)
 
+    def on_connection_stalled(self, connection: AnyConnection) -> None:
+        """It lives, but what it has is sent again over others, which take it over."""
+        self._out.requeue(connection)
+
     def say_again(self, via: AnyConnection | None) -> None:
         """OPEN and SEAL may have been lost with a connection."""
         if not self._accepted.done():

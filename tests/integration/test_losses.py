@@ -179,3 +179,30 @@ async def test_a_source_is_not_read_for_an_old_copy_once_a_new_one_is_acknowledg
         await asyncio.gather(sender.seal(), receiver.sealed())
         assert target.bytes()[5, 0] == Cache(manifest, seed=1).bytes()[5, 0]
         assert second in link.connections
+
+
+async def test_chunks_on_a_stalled_connection_go_over_the_others(hybrid, make_manifest):
+    """It is not dead: a path that delivers nothing for a while. Without takeover the transfer would wait for it."""
+    network = MemoryNetwork()
+    config = EndpointConfig(chunk_bytes=64 << 10, keepalive_s=0.2, dead_after_s=60, spill=SpillPolicy(budget_bytes=0))
+    async with Endpoint(config, network=network) as producer, Endpoint(config, network=network) as consumer:
+        link = await producer.connect(*await consumer.listen(), connections=2)
+        while not consumer.links or len(consumer.links[0].connections) < 2:
+            await asyncio.sleep(0)
+        manifest = make_manifest(8000)
+        source, target = Cache(manifest, seed=1), Cache(manifest, blank=True)
+        receiver = consumer.expect(manifest.transfer, Expectation(grant=lambda m: target.pages, layout=hybrid))
+        sender = link.open(manifest)
+        await sender.accepted()
+        network.streams[0][0].hold(True)
+        for slot, pages in source.pages.items():
+            sender.ready(*slot, pages)
+        await asyncio.wait_for(asyncio.gather(sender.seal(), receiver.sealed()), 10)
+        assert target.bytes() == source.bytes()
+        assert len(link.connections) == 2
+        assert 0 < sender.stats.resent_bytes < manifest.total_bytes // 2
+        frozen = target.bytes()
+        network.streams[0][0].hold(False)  # the old copies come at last
+        await asyncio.sleep(0.05)
+        assert target.bytes() == frozen
+        assert len(link.connections) == 2

@@ -29,7 +29,7 @@ from kvpool.protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
 from kvpool.security import DEFAULT_TENANT
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import EndpointConfig
-from kvtransport.errors import ConfigError, KVBufferError, KVError, LinkError, RefusedError
+from kvtransport.errors import ConfigError, KVError, LinkError, RefusedError
 from kvtransport.layout import CacheLayout, GroupKind
 from kvtransport.manifest import Manifest, new_transfer_id
 from kvtransport.transfer import IncomingTransfer, OutgoingTransfer
@@ -40,6 +40,7 @@ from .get import ClusterGet, Source
 from .links import NodeLinks
 from .locate import Cut, Whole, empty_view
 from .members import Member, Roster, by_cluster
+from .objects import FlatObjects
 from .peers import PeerDirectory, ask_entries
 from .placement import LocalFirst, Placement, Rendezvous
 from .put import ClusterPut
@@ -81,6 +82,7 @@ class ClusterPool:
         self._lease_ids = itertools.count(1)
         self._watch: asyncio.Task[None] | None = None
         self._now = asyncio.get_running_loop().time
+        self._objects = FlatObjects(links, self._order)
 
     async def start(self) -> None:
         """Learn the members and keep up with them. Raises NoNodeError when there is none, DirectoryError."""
@@ -529,71 +531,18 @@ class ClusterPool:
 
     # -- flat objects --------------------------------------------------------------------------
 
-    def _flat_order(self, key: bytes) -> list[Member]:
-        return self._order(hashlib.blake2b(key, digest_size=16, key=b"kvt1-flat").digest())
-
-    def _by_node(self, keys: Iterable[bytes]) -> dict[str, list[bytes]]:
-        out: dict[str, list[bytes]] = {}
-        for key in keys:
-            where = self._flat_order(key)
-            if not where:
-                raise NoNodeError("no node of the cluster takes new data")
-            out.setdefault(where[0].id, []).append(key)
-        return out
-
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        found: dict[bytes, bool] = {}
-
-        async def one(node: str, mine: list[bytes]) -> None:
-            try:
-                client = await self.links.client(self._member(node))
-                found.update(zip(mine, await client.exists(mine), strict=True))
-            except (LinkError, NoNodeError) as error:
-                self.links.failed(self._member(node), error)
-
-        await asyncio.gather(*(one(n, k) for n, k in self._by_node(keys).items()))
-        return [found.get(k, False) for k in keys]
+        return await self._objects.exists(keys)
 
     async def put_objects(self, objects: Mapping[bytes, Any]) -> None:
         """As the embedded pool's, but all or none on each node, not over nodes."""
-
-        async def one(node: str, mine: list[bytes]) -> None:
-            client = await self.links.client(self._member(node))
-            await client.put_objects({k: objects[k] for k in mine})
-
-        await asyncio.gather(*(one(n, k) for n, k in self._by_node(objects).items()))
+        await self._objects.put(objects)
 
     async def get_objects(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        found: dict[bytes, bytes | None] = {}
-
-        async def one(node: str, mine: list[bytes]) -> None:
-            try:
-                client = await self.links.client(self._member(node))
-                found.update(zip(mine, await client.get_objects(mine), strict=True))
-            except (LinkError, NoNodeError) as error:
-                self.links.failed(self._member(node), error)
-
-        await asyncio.gather(*(one(n, k) for n, k in self._by_node(dict.fromkeys(keys)).items()))
-        return [found.get(k) for k in keys]
+        return await self._objects.get(keys)
 
     async def get_objects_into(self, keys: Sequence[bytes], into: Sequence[Any]) -> list[int | None]:
-        if len(into) != len(keys):
-            raise KVBufferError(f"{len(keys)} objects were asked for, there is memory for {len(into)}")
-        found: dict[int, int | None] = {}
-        at: dict[str, list[int]] = {}
-        for i, key in enumerate(keys):
-            at.setdefault(next(iter(self._by_node([key]))), []).append(i)
-
-        async def one(node: str, mine: list[int]) -> None:
-            try:
-                client = await self.links.client(self._member(node))
-                sizes = await client.get_objects_into([keys[i] for i in mine], [into[i] for i in mine])
-                found.update(zip(mine, sizes, strict=True))
-            except (LinkError, NoNodeError) as error:
-                self.links.failed(self._member(node), error)
-
-        await asyncio.gather(*(one(n, mine) for n, mine in at.items()))
-        return [found.get(i) for i in range(len(keys))]
+        return await self._objects.get_into(keys, into)
 
     # -- the whole -----------------------------------------------------------------------------
 

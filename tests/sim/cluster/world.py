@@ -5,7 +5,8 @@ Agents, servers, indexes, links and clients are the real ones; only loop, networ
 * bytes returned are bytes put, or it is a miss (or an error of ours);
 * nothing takes longer than its deadline and a little;
 * entries of a process that is gone are not believed;
-* when the faults are over and a while has passed, what the directory says is restorable can be read (asking once may be what heals it);
+* when the faults are over and a while has passed, what the directory says is restorable can be read; an owner that is told of an
+  entry that is not true takes it back at once;
 * losing the directory costs no hit while the nodes are well;
 * what a drained node held is still there, if nothing else went wrong.
 """
@@ -351,7 +352,7 @@ class World:
     # -- the end -------------------------------------------------------------------------------------
 
     async def check_quiet(self) -> None:
-        """The faults are over: what the directory says holds, at the second time of asking at the latest."""
+        """The faults are over: what the directory says holds."""
         self.store.down, self.store.late = False, 0.0
         self.store.cut_off.clear()
         await asyncio.sleep(3.6)  # what was announced late has arrived
@@ -365,18 +366,12 @@ class World:
                 f"members are {sorted(pool.roster.members)}, up are {sorted(n.name for n in self.nodes if n.up)}"
             )
         last: dict[int, tuple[int, ...]] = {}
-        for turn in range(3 if "late" in self.faults else 1):
-            for which, tokens in enumerate(self.prompts):
-                found = await pool.match(ns, KeyChain(ns, tokens))
-                last[which] = found.restorable
-                # Only an announcement that came late may lie, and only until the first who believed it has told its owner.
-                patient = turn < 2 and "late" in self.faults
-                for length in found.restorable[-2:]:
-                    if not await self.do_get(pool, ns, which, length) and not patient:
-                        self.violate(
-                            f"prompt {which}: {length} is said to be restorable and cannot be read (turn {turn})"
-                        )
-            await asyncio.sleep(0.5)
+        for which, tokens in enumerate(self.prompts):
+            found = await pool.match(ns, KeyChain(ns, tokens))
+            last[which] = found.restorable
+            for length in found.restorable[-2:]:
+                if not await self.do_get(pool, ns, which, length):
+                    self.violate(f"prompt {which}: {length} is said to be restorable and cannot be read")
         if self.profile in ("calm", "drain"):
             for which, lengths in self.put.items():
                 gone = lengths - set(last[which])

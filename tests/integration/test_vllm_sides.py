@@ -496,9 +496,9 @@ def test_caches_on_a_device_are_copied_behind_the_computation_and_before_the_wir
         toys += [both.decode, both.prefill]
         transfer(both, tokens=tokens, cuts=(16, 64, 100) if tokens > 100 else ())
         assert made[1].marks > 0
-        assert both.prefill.worker._memory.budget.used == both.decode.worker._memory.budget.used == 0
         both.done()
-        assert both.prefill.worker._memory.budget.used == 0
+        for toy in toys:
+            until(lambda toy=toy: toy.worker._memory.budget.used == 0, "staging memory is given back")
 
 
 @pytest.mark.torch
@@ -523,7 +523,7 @@ def test_staging_that_is_used_up_ends_the_transfer_and_not_the_step():
         both.decode.settle("r")
         assert both.decode.failed == {"r"}
         both.done()
-        assert both.prefill.worker._memory.budget.used == 0
+        until(lambda: both.prefill.worker._memory.budget.used == 0, "staging memory is given back")
 
 
 def test_a_layout_that_scatters_a_block_over_a_device_is_refused_at_the_start():

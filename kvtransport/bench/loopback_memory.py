@@ -6,6 +6,7 @@ copy each round: otherwise a small cache would be sent from, and received into, 
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,9 @@ class CacheMemory:
         return [pages.hash() for pages in self.pages[copy].values()]
 
     def close(self) -> None:
+        """Give the memory back; what a transfer that has just ended still holds of it is freed when it lets go."""
         self.pages.clear()
         del self._bytes
-        self.view.release()
-        self.arena.close()
+        with contextlib.suppress(BufferError):
+            self.view.release()
+            self.arena.close()

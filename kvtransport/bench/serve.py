@@ -73,6 +73,7 @@ class Served:
     async def close(self) -> None:
         if self.receiver is not None:
             await self.receiver.cancel("the sender is gone")
+            self.receiver = None
         self.memory.close()
 
 

@@ -349,7 +349,10 @@ class Link:
     # -- receiving -----------------------------------------------------------------------------
 
     def stray(self, connection: AnyConnection, header: Header) -> None:
-        if header.transfer not in self._finished and header.transfer not in self._incoming:
+        receiver = self._incoming.get(header.transfer)
+        if receiver is not None:
+            receiver.missed(header)
+        elif header.transfer not in self._finished:
             raise ProtocolError(f"data for transfer {header.transfer.hex()}, which was never accepted")
 
     def control(self, connection: AnyConnection, header: Header, payload: bytes) -> None:

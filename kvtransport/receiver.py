@@ -294,6 +294,17 @@ class Receiver:
         self._asked[key] = stop = header.offset + header.length
         self._ask([(header.layer, header.tensor, header.offset, stop)])
 
+    def missed(self, header: Header) -> None:
+        """Data that came right behind a HELLO, before its connection was part of the link, had no place: it is asked for again."""
+        if self._finished.done() or self._into is None:
+            return
+        slot, stop = (header.layer, header.tensor), header.offset + header.length
+        extent = self.manifest.by_slot.get(slot)
+        if extent is None or stop > extent.nbytes:
+            self.fail(ProtocolError(f"data for layer {slot[0]} tensor {slot[1]} that is not in the manifest"))
+        elif not self._into.contains(*slot, header.offset, stop):
+            self._ask([(*slot, header.offset, stop)])
+
     def give_credit(self, limit: int) -> None:
         """See :class:`kvtransport.engine.base.IncomingOwner`."""
         self._machine.fire(TransferEvent.SEND_CREDIT)

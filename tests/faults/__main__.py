@@ -77,6 +77,8 @@ async def play(scenario: Scenario, row: Row, run: int, cancel: bool) -> None:
             return
         if not cancel:
             await _judge(scenario, stage, row, run)
+        elif all(future.done() and not future.result().get("error") for future in waited):
+            row.problem(f"run {run}: the transfer was over before it was cancelled; this run shows nothing")
         if scenario.rejoin:
             await _rejoin(stage, row, run)
 
@@ -90,6 +92,8 @@ async def _judge(scenario: Scenario, stage: Stage, row: Row, run: int) -> None:
     got = stage.got.result() if stage.got.done() else {"error": {"code": "killed", "message": "frozen"}, "at": 0.0}
     codes = [(said.get("error") or {}).get("code", "sealed") for said in (sent, got)]
     row.outcome("/".join(codes))
+    if stage.began and got["at"] and got["at"] < stage.began:
+        row.problem(f"run {run}: the transfer was over before the fault began; this run shows nothing")
     if not scenario.ends:
         if codes != ["sealed", "sealed"]:
             row.problem(f"run {run}: {error_of(sent)!r} and {error_of(got)!r}")

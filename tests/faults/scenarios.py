@@ -101,8 +101,8 @@ async def reset_again_and_again(stage: Stage) -> None:
 
 
 async def address_change(stage: Stage) -> None:
-    stage.fault()
     await stage.new_address()
+    stage.fault()
     stage.healed()
 
 
@@ -118,7 +118,7 @@ async def reordering(stage: Stage) -> None:
 
 async def lossy(stage: Stage) -> None:
     stage.fault()
-    stage.change(type(FINE)(rtt_ms=10, rate_mbit=200, loss_percent=2))
+    stage.change(type(FINE)(rtt_ms=10, rate_mbit=60, loss_percent=2))
     await asyncio.sleep(1.0)
     stage.change(FINE)
     stage.healed()

@@ -18,8 +18,8 @@ from kvtransport.errors import KVError, error_from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT, RELAY_PORT = 7000, 7001
-FINE = Conditions(rtt_ms=2, rate_mbit=200)
-CUT_OFF = Conditions(rtt_ms=2, rate_mbit=200, loss_percent=100)
+FINE = Conditions(rtt_ms=2, rate_mbit=60)
+CUT_OFF = Conditions(rtt_ms=2, rate_mbit=60, loss_percent=100)
 """Every packet vanishes, in both directions, and nobody is told."""
 SIZES = [3 << 20, 1 << 20, 6 << 20, 4096, 4 << 20, 0, 2 << 20]
 DEADLINE_S = 25.0

@@ -22,7 +22,7 @@ from kvtransport.flow.backoff import Backoff
 from kvtransport.flow.spilling import SpillPolicy
 from kvtransport.io.memory import MemoryNetwork, MemoryStream
 from kvtransport.io.tcp import TcpNetwork
-from kvtransport.receiver import Expectation
+from kvtransport.receiver import Expectation, Receiver
 from tests.conftest import Cache, no_tasks_left
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -32,6 +32,7 @@ CONFIG = EndpointConfig(
     chunk_bytes=CHUNK, keepalive_s=1, dead_after_s=5, reconnect_s=5, spill=SpillPolicy(budget_bytes=0)
 )
 SOON_S = 10.0
+missed = Receiver.missed
 
 
 def cut(*endpoints: Endpoint) -> None:
@@ -422,3 +423,22 @@ async def test_a_consumer_is_told_that_its_producer_gave_up_before_the_open_arri
     await unrelated.cancel()
     await third.close()
     await elsewhere.close()
+
+
+async def test_data_right_behind_the_handshake_of_a_replaced_connection_is_not_lost(monkeypatch, hybrid, make_manifest):
+    """The link never goes down, so its producer sends on a new connection at once: here before the other side has it."""
+    pair = await Pair(TcpNetwork()).start()
+    strays = []
+    monkeypatch.setattr(Receiver, "missed", lambda self, header: strays.append(header) or missed(self, header))
+    join = pair.link.lanes.join
+    monkeypatch.setattr(
+        pair.link.lanes, "join", lambda connection: asyncio.get_running_loop().call_later(0.1, join, connection)
+    )
+    manifest = make_manifest(8000)
+    source, target, sender, receiver, _ = begin(pair, manifest, hybrid, from_dialler=False)
+    await moved(receiver, CHUNK)
+    pair.link.connections[0].fail(PeerLostError("the test pulled the plug"), abort=True)
+    await asyncio.wait_for(asyncio.gather(sender.seal(), receiver.sealed()), SOON_S)
+    assert target.bytes() == source.bytes()
+    assert strays
+    await pair.stop()

@@ -3,8 +3,8 @@
     python tests/fuzz/run.py --seconds 60 [--only NAME] [--json FILE] [--keep]
     python tests/fuzz/run.py --replay             only the corpora, every file once
 
-Each target starts from its corpus in tests/fuzz/corpus/NAME and from what the code itself writes. ``--keep`` adds what found
-new coverage to the corpus, minimized. A finding is left as ``crash-*`` in --findings, and the exit status is 1.
+Each target starts from its corpus in tests/fuzz/corpus/NAME and from what the code itself writes. ``--keep`` adds some of what
+found new coverage to the corpus. A finding is left as ``crash-*`` in --findings, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -119,31 +119,15 @@ def run(name: str, seconds: int, findings: Path, *, replay: bool, keep: bool) ->
         if done.returncode:
             row["output"] = text[-6000:]
         elif keep:
-            _keep(name, command, environment, kept, [begin, found], work)
+            _keep(kept, found)
         return row
 
 
-def _keep(
-    name: str, command: list[str], environment: dict[str, str], kept: Path, sources: list[Path], work: Path
-) -> None:
-    """The smallest inputs that together reach what all of them reach, as far as they are small and few."""
-    small = work / "small"
-    small.mkdir()
-    subprocess.run(
-        [*command, "-merge=1", str(small), *map(str, sources)],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        capture_output=True,
-    )
-    files = sorted(
-        (f for f in small.iterdir() if f.stat().st_size <= MOST_BYTES), key=lambda f: (f.stat().st_size, f.name)
-    )
+def _keep(kept: Path, found: Path) -> None:
+    """Of the inputs that reached something new, some of every size that is small enough."""
+    files = sorted((f for f in found.iterdir() if f.stat().st_size <= MOST_BYTES), key=lambda f: (f.stat().st_size, f.name))
     step = max(1, len(files) // MOST_FILES)
     kept.mkdir(parents=True, exist_ok=True)
-    for old in kept.iterdir():
-        if not old.name.startswith("crash"):
-            old.unlink()
     for file in files[::step][:MOST_FILES]:
         (kept / file.name[:16]).write_bytes(file.read_bytes())
 

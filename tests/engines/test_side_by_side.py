@@ -83,4 +83,4 @@ def test_layers_leave_while_later_ones_are_computed(
         f"acknowledged after the last layer was computed: {exposed_s(trace) * 1e3:.0f} ms",
     )
     if len(traces) == 2:
-        report.row("plot", str(plot_layers(list(traces.values()), out / "vllm-layers.png")))
+        report.row("plot", plot_layers(list(traces.values()), out / "vllm-layers.png").name)

@@ -240,8 +240,10 @@ class Receiver:
         """See :class:`kvtransport.engine.base.IncomingOwner`."""
         if self._finished.done():
             return
+        now = self._loop.time()
         for layer, tensor, start, stop, first_s in ranges:
             times = self._stats.layers[layer]
+            first_s = min(first_s, now)  # uvloop's clock counts milliseconds, the engine's does not: never later than applied
             if times.first_byte_s is None or first_s < times.first_byte_s:
                 times.first_byte_s = first_s
             if self._wanted.on_range is not None:

@@ -541,7 +541,12 @@ def test_a_layout_that_scatters_a_block_over_a_device_is_refused_at_the_start():
 
 
 def test_no_thread_is_left():
+    before = set(threading.enumerate())  # other tests may have used the process's own loop, which stays
     with pair() as both:
         transfer(both)
         both.done()
-    until(lambda: not any(t.name == "kvtransport-loop" for t in threading.enumerate()), "loops end")
+        assert any(t.name == "kvtransport-loop" for t in set(threading.enumerate()) - before)
+    until(
+        lambda: not any(t.name == "kvtransport-loop" for t in set(threading.enumerate()) - before),
+        "loops end",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -397,7 +398,8 @@ async def test_a_path_that_keeps_flipping_bits_fails_the_transfer_by_name(hybrid
 
 async def test_a_flipped_header_bit_resets_the_connection_and_nothing_is_lost(hybrid, make_manifest):
     network = MemoryNetwork()
-    pair = await Pair(network).start(connections=3)
+    stays_lost = replace(CONFIG, reconnect_s=0)
+    pair = await Pair(network).start(connections=3, producer=stays_lost, consumer=stays_lost)
     manifest = make_manifest(2000)
     source, target = Cache(manifest, seed=1), Cache(manifest, blank=True)
     receiver = expect(pair, manifest, target, hybrid)

@@ -350,12 +350,13 @@ static bool receive(kv_conn *conn, unsigned char *scratch) {
     struct iovec items[IOVS];
     bool placing = conn->in == KV_IN_PLACE && !conn->void_in;
     kv_map *map = placing ? conn->claim_slot->map : NULL;
+    bool finishing = conn->finishing; /* may be set meanwhile */
     conn->receiving = true;
     conn->in_op = ++engine->operations;
     kv_unlock(engine);
 
     size_t count = 0, payload = 0, asked = 0;
-    if (conn->finishing) {
+    if (finishing) {
         items[count++] = (struct iovec){scratch, KV_RECV_BYTES};
     } else {
         payload = gather(conn, scratch, map, items, &count);

@@ -12,7 +12,7 @@ from kvtransport.flow.chunking import MIN_CHUNK, next_cut
 from kvtransport.flow.credit import ReceiverCredit, SenderCredit
 from kvtransport.flow.keepalive import Keepalive, Verdict
 from kvtransport.flow.spilling import SpillPolicy
-from kvtransport.flow.stalls import Stalls
+from kvtransport.flow.stalls import PATIENCE, Stalls
 from kvtransport.flow.turns import Turns
 
 MIB = 1 << 20
@@ -261,10 +261,16 @@ def test_a_stalled_connection_is_told_once_and_only_where_another_does_better():
     stalls = Stalls()
     assert stalls.judge([("a", 10, 5), ("b", 10, 0)]) == []  # nothing to compare with
     assert stalls.judge([("a", 20, 5), ("b", 20, 0)]) == []  # slow, not stalled
+    for _ in range(PATIENCE - 1):
+        assert stalls.judge([("a", 20, 9), ("b", 20, 0)]) == []  # its turn may yet come
     assert stalls.judge([("a", 20, 9), ("b", 20, 0)]) == ["a"]
     assert stalls.judge([("a", 20, 9), ("b", 40, 7)]) == []  # told already
     assert stalls.judge([("a", 21, 8), ("b", 50, 7)]) == []
-    assert stalls.judge([("a", 21, 8), ("b", 60, 7)]) == ["a"]
-    assert stalls.judge([("a", 21, 8), ("b", 60, 7)]) == []  # nobody reads
+    for reading in range(1, PATIENCE):
+        assert stalls.judge([("a", 21, 8), ("b", 50 + 10 * reading, 7)]) == []
+    assert stalls.judge([("a", 21, 8), ("b", 90, 7)]) == ["a"]
+    for _ in range(PATIENCE):
+        assert stalls.judge([("a", 21, 8), ("b", 90, 7)]) == []  # nobody reads
+    assert stalls.stalled == set()
     assert stalls.judge([("b", 60, 0)]) == []
     assert stalls.judge([("b", 60, 0)]) == []  # nothing waits

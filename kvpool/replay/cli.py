@@ -22,11 +22,13 @@ from kvtransport.layout import CacheLayout
 from .clairvoyant import clairvoyant
 from .run import Outcome, Replay, working_set_bytes
 from .sweep import LAYOUTS, SHARES, blocks_in, is_exact, sweep
+from .table import CLAIRVOYANT, SweepFile, claims, name_of
 
 REPLAY_HELP = """Replay a request trace through the pool's index and eviction, without payload: what would have been hit?
 
 TRACE is a packaged trace (mooncake-conversation, mooncake-conversation-full) or a file of JSON lines (also .gz, .xz), in Mooncake's
-format or in Qwen-Bailian's. Hit tokens are counted over input tokens.
+format or in Qwen-Bailian's. Hit tokens are counted over input tokens. A sweep writes its --json file after every row, and goes on
+with what that file has when it is given again; --again runs rows anew, all that --layout and --policy name.
 
 Examples:
 
@@ -82,6 +84,7 @@ def replay_command(
     sweeping: Annotated[
         bool, typer.Option("--sweep", help="Policies x memory x layouts; --layout and --policy narrow it")
     ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Run rows of a sweep anew that the --json file has")] = False,
     jobs: Annotated[
         int | None, typer.Option(help="Processes of a sweep [all cores]", min=1, show_default=False)
     ] = None,
@@ -99,15 +102,25 @@ def replay_command(
         if sweeping:
             names = layout.split(",") if layout is not None else list(LAYOUTS)
             policies = _policies(policy or "all")
-            body = _sweep(loaded, names, policies, first, jobs, block_tokens, console, plot)
-            body = {"trace": trace, "count_from": count_from, **body}
+            settings = {"trace": trace, "count_from": count_from, "requests_counted": len(loaded) - first}
+            if block_tokens is not None:
+                settings["block_tokens"] = block_tokens
+            path = None if json_path in (None, "-") else Path(json_path)
+            table = SweepFile(settings, path)
+            _sweep(loaded, names, policies, first, jobs, block_tokens, console, table, again=again)
+            if plot is not None:
+                from .plots import sweep_picture
+
+                for picture in sweep_picture(table.rows(LAYOUTS, list(POLICIES)), plot):
+                    console.print(f"wrote {picture}")
+            if json_path == "-":
+                write_json(table.body(), json_path)
         else:
             if layout is None:
                 raise ConfigError("say whose cache is kept: --layout PRESET (kvbench models lists them)")
             body = _replays(loaded, layout, memory, _policies(policy), first, block_tokens, console, plot)
-            body = {"trace": trace, **body}
-        if json_path is not None:
-            write_json(body, json_path)
+            if json_path is not None:
+                write_json({"trace": trace, **body}, json_path)
     except (KVError, OSError) as error:
         raise fail(error) from error
 
@@ -178,41 +191,51 @@ def _sweep(
     jobs: int | None,
     block_tokens: int | None,
     console: Console,
-    plot: Path | None,
-) -> dict[str, Any]:
+    table: SweepFile,
+    *,
+    again: bool,
+) -> None:
     layouts = {name: presets.load(name) for name in names}
+    known = {name for name in table.names if not again or name[2] == CLAIRVOYANT}
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("sweep", total=1.0)
-        rows = sweep(
+        sweep(
             trace,
             layouts,
             policies,
             SHARES,
             first=first,
             jobs=jobs or os.cpu_count() or 1,
+            add=table.add,
+            known=known,
             block_tokens=block_tokens,
             progress=lambda part, what: bar.update(task, completed=part, description=what),
         )
+    table.save()
+    rows = table.rows(names, list(POLICIES))
     for name in names:
         _print_sweep(console, name, [r for r in rows if r["layout"] == name])
-    if plot is not None:
-        from .plots import sweep_picture
-
-        for path in sweep_picture(rows, plot):
-            console.print(f"wrote {path}")
-    return {"requests_counted": len(trace) - first, "runs": rows}
 
 
 def _print_sweep(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
     policies = list(dict.fromkeys(r["policy"] for r in rows))
-    table = Table(title=f"{name}: input tokens hit")
-    table.add_column("memory", justify="right")
-    for policy in policies:
-        table.add_column(policy, justify="right")
-    for share in dict.fromkeys(r["memory_share"] for r in rows):
-        rates = {r["policy"]: r["token_hit_rate"] for r in rows if r["memory_share"] == share}
-        table.add_row(f"{share:.0%}", *(f"{rates[p]:.2%}" for p in policies))
+    table = Table(title=f"{name}: input tokens hit, %; {DEFAULT_POLICY} in points over lru and behind the best other")
+    for title in ("memory", *policies, "over lru", "behind best"):
+        table.add_column(title, justify="right")
+    rates = {name_of(r)[1:]: r["token_hit_rate"] for r in rows}
+    for claim in claims(rows):
+        share = claim["memory_share"]
+        table.add_row(
+            f"{share:.0%}",
+            *(f"{100 * rates[share, p]:.2f}" if (share, p) in rates else "-" for p in policies),
+            _points(claim["over_lru_points"], "+.2f"),
+            _points(claim["behind_best_points"], ".2f"),
+        )
     console.print(table)
+
+
+def _points(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def register(app: typer.Typer) -> None:

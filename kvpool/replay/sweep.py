@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from kvtransport.layout import CacheLayout, GroupKind
 from .accounting import page_bytes_for
 from .clairvoyant import clairvoyant
 from .run import Replay, folded, working_set_bytes
+from .table import CLAIRVOYANT, Name, Row
 
 LAYOUTS = ("kimi-linear-48b", "qwen3.5-397b", "mimo-v2-flash", "qwen3-235b")
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -67,7 +68,7 @@ def _best(job: Job) -> dict[str, Any]:
         "layout": job.name,
         "memory_share": job.share,
         "memory_bytes": job.memory_bytes,
-        "policy": "clairvoyant",
+        "policy": CLAIRVOYANT,
         "token_hit_rate": best.token_hit_rate,
         "block_hit_rate": best.block_hit_rate,
         "kind": best.kind,
@@ -82,12 +83,18 @@ def sweep(
     *,
     first: int,
     jobs: int,
+    add: Callable[[Row], None],
+    known: Collection[Name] = (),
     block_tokens: int | None = None,
     progress: Callable[[float, str], None] | None = None,
-) -> list[dict[str, Any]]:
-    """All runs, in the order of layouts, shares and policies; hits are counted from request ``first`` on."""
-    rows: list[dict[str, Any]] = []
-    total = len(layouts) * (1 + len(shares) * (len(policies) + 1))
+) -> None:
+    """Run what is not ``known`` yet and ``add`` each row as it is done, in no order; hits are counted from request ``first`` on."""
+    wanted = {
+        name: [(share, p) for share in shares for p in (*policies, CLAIRVOYANT) if (name, share, p) not in known]
+        for name in layouts
+    }
+    wanted = {name: runs for name, runs in wanted.items() if runs}
+    total = sum(1 + len(runs) for runs in wanted.values())
     done = 0
 
     def one(what: str) -> None:
@@ -97,21 +104,18 @@ def sweep(
             progress(done / total, what)
 
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        sizes = {pool.submit(_working_set, trace, layout, block_tokens): name for name, layout in layouts.items()}
-        pending = {}
-        for size in as_completed(sizes):
-            name = sizes[size]
-            one(f"{name}: working set")
-            for share in shares:
-                memory = int(size.result() * share)
-                for policy in [*policies, "clairvoyant"]:
-                    job = Job(trace, layouts[name], name, policy, share, memory, first, block_tokens)
-                    pending[pool.submit(_best if policy == "clairvoyant" else _run, job)] = job
-        for run in as_completed(pending):
-            job = pending[run]
-            one(f"{job.name} {job.share:.0%} {job.policy}")
-            rows.append(run.result())
-    order = {name: i for i, name in enumerate(layouts)}
-    ranks = {name: i for i, name in enumerate([*policies, "clairvoyant"])}
-    rows.sort(key=lambda r: (order[r["layout"]], r["memory_share"], ranks[r["policy"]]))
-    return rows
+        pending: dict[Future[Any], Job | str] = {
+            pool.submit(_working_set, trace, layouts[name], block_tokens): name for name in wanted
+        }
+        while pending:
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                job = pending.pop(future)
+                if isinstance(job, str):
+                    one(f"{job}: working set")
+                    for share, policy in wanted[job]:
+                        memory = int(future.result() * share)
+                        more = Job(trace, layouts[job], job, policy, share, memory, first, block_tokens)
+                        pending[pool.submit(_best if policy == CLAIRVOYANT else _run, more)] = more
+                else:
+                    add(future.result())
+                    one(f"{job.name} {job.share:.0%} {job.policy}")

@@ -15,6 +15,7 @@ from kvpool.replay.accounting import AccountingArena, page_bytes_for
 from kvpool.replay.clairvoyant import clairvoyant
 from kvpool.replay.run import Replay, folded, working_set_bytes
 from kvpool.replay.sweep import blocks_in, sweep
+from kvpool.replay.table import SweepFile, claims
 from kvpool.scheduling.traces import Trace, load_trace, parse_trace
 from kvtransport import presets
 from kvtransport.errors import ConfigError
@@ -257,19 +258,95 @@ def test_the_command_says_what_is_wrong(tmp_path):
     assert "Examples" in run("--help").output
 
 
-def test_a_sweep_orders_its_rows(short):
-    layout = presets.load("kimi-linear-48b")
+def swept(short, table, policies, shares=(0.05,), known=()):
     said = []
-    rows = sweep(
+    sweep(
         short,
-        {"kimi-linear-48b": layout},
-        ["lru", "marconi"],
-        [0.05],
+        {"kimi-linear-48b": presets.load("kimi-linear-48b")},
+        policies,
+        shares,
         first=125,
         jobs=2,
-        progress=lambda p, w: said.append(p),
+        add=table.add,
+        known=known,
+        progress=lambda part, what: said.append((part, what)),
     )
+    return said
+
+
+def test_a_sweep_writes_every_row_and_goes_on_where_it_stopped(short, tmp_path):
+    path = tmp_path / "sweep.json"
+    table = SweepFile({"trace": "short"}, path)
+    seen = []
+
+    class Watched(SweepFile):
+        def add(self, row):
+            super().add(row)
+            seen.append([r["policy"] for r in json.loads(path.read_text())["runs"]])
+
+    said = swept(short, Watched({"trace": "short"}, path), ["lru", "marconi"])
+    assert said[-1][0] == 1.0
+    assert [len(policies) for policies in seen] == [1, 2, 3]
+    table = SweepFile({"trace": "short"}, path)
+    rows = table.rows(["kimi-linear-48b"], ["lru", "marconi"])
     assert [r["policy"] for r in rows] == ["lru", "marconi", "clairvoyant"]
     assert rows[2]["kind"] == "bound"
-    assert said[-1] == 1.0
     assert rows[2]["block_hit_rate"] >= max(r["block_hit_rate"] for r in rows[:2])
+    before = path.read_bytes()
+    assert swept(short, table, ["lru", "marconi"], known=table.names) == []
+    assert path.read_bytes() == before
+    more = swept(short, table, ["lru", "sieve"], known=table.names)
+    assert [what for _, what in more] == ["kimi-linear-48b: working set", "kimi-linear-48b 5% sieve"]
+    assert len(SweepFile({"trace": "short"}, path).rows()) == 4
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_file_of_something_else_is_not_continued(tmp_path):
+    path = tmp_path / "sweep.json"
+    SweepFile({"trace": "one"}, path).add({"layout": "a", "memory_share": 0.1, "policy": "lru", "token_hit_rate": 0.1})
+    with pytest.raises(ConfigError, match="trace 'one', not 'two'"):
+        SweepFile({"trace": "two"}, path)
+    path.write_text('{"runs": 3}')
+    with pytest.raises(ConfigError, match="holds no sweep"):
+        SweepFile({"trace": "one"}, path)
+
+
+def test_claims_hold_the_default_against_lru_and_the_best():
+    rates = {"lru": 0.20, "gdsf": 0.23, "marconi": 0.22, "clairvoyant": 0.3}
+    rows = [{"layout": "a", "memory_share": 0.1, "policy": p, "token_hit_rate": r} for p, r in rates.items()]
+    (found,) = claims(rows)
+    assert found["over_lru_points"] == pytest.approx(2.0)
+    assert (found["best_other"], found["behind_best_points"]) == ("gdsf", pytest.approx(1.0))
+    assert found["behind_clairvoyant_points"] == pytest.approx(8.0)
+    (found,) = claims(rows[:1])
+    assert found["over_lru_points"] is None
+    assert found["behind_best_points"] is None
+
+
+def test_the_command_sweeps_draws_and_continues(short, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvpool.replay.cli.SHARES", (0.05, 0.2))
+    monkeypatch.setattr("kvpool.replay.cli.load_trace", lambda name: short)
+    args = (
+        "trace",
+        "--sweep",
+        "--layout",
+        "qwen3-235b",
+        "--json",
+        tmp_path / "t.json",
+        "--plot",
+        tmp_path,
+        "--jobs",
+        "2",
+    )
+    result = run(*args, "--policy", "lru")
+    assert result.exit_code == 0, result.output
+    result = run(*args, "--policy", "marconi")
+    assert result.exit_code == 0, result.output
+    body = json.loads((tmp_path / "t.json").read_text())
+    assert len(body["runs"]) == 6
+    assert [c["over_lru_points"] is None for c in body["claims"]] == [False, False]
+    assert "behind best" in re.sub(r"\s+", " ", result.stdout)
+    assert {p.suffix for p in tmp_path.glob("caching.*")} == {".png", ".svg"}
+    wrong = run(*args, "--count-from", "0.5")
+    assert wrong.exit_code == 2
+    assert "count_from" in wrong.output + wrong.stderr

@@ -28,22 +28,29 @@ class Flip:
 class Flipper:
     """One direction of one connection, without I/O: bytes in, bytes out, as many.
 
-    ``wanted(header)`` says whether a DATA frame is to be damaged; headers stay as they are. What is not a stream of
-    frames passes unchanged.
+    ``wanted(header)`` says whether a DATA frame is to be damaged; headers stay as they are. ``on_payload(n)`` is told the
+    DATA payload bytes that passed. What is not a stream of frames passes unchanged and unseen (``lost``).
     """
 
-    def __init__(self, wanted: Callable[[Header], bool], on_flip: Callable[[Flip], None]) -> None:
+    def __init__(
+        self,
+        wanted: Callable[[Header], bool],
+        on_flip: Callable[[Flip], None],
+        on_payload: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._wanted = wanted
         self._on_flip = on_flip
+        self._on_payload = on_payload
         self._head = bytearray()
         self._left = 0
+        self._is_data = False
         self._flip_in: int | None = None
-        self._lost = False
+        self.lost = False
 
     def feed(self, data: bytes) -> bytes:
         out = bytearray(data)
         at = 0
-        while at < len(out) and not self._lost:
+        while at < len(out) and not self.lost:
             if self._left:
                 n = min(self._left, len(out) - at)
                 if self._flip_in is not None and self._flip_in < n:
@@ -51,6 +58,8 @@ class Flipper:
                     self._flip_in = None
                 elif self._flip_in is not None:
                     self._flip_in -= n
+                if self._is_data:
+                    self._on_payload(n)
                 self._left -= n
                 at += n
                 continue
@@ -66,10 +75,11 @@ class Flipper:
         try:
             header = unpack_header(head)
         except KVError:
-            self._lost = True
+            self.lost = True
             return
         self._left = header.length
-        if header.type is FrameType.DATA and self._wanted(header):
+        self._is_data = header.type is FrameType.DATA
+        if self._is_data and header.length and self._wanted(header):
             self._flip_in = header.length // 2
             self._on_flip(Flip(header.layer, header.tensor, header.offset, self._flip_in, header.sequence))
 

@@ -9,67 +9,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
 from typing import Self
 
-from kvtransport.errors import KVError
-from kvtransport.wire.frames import HEADER_BYTES, FrameType, Header, unpack_header
+from kvpool.demo.real_flipper import Flipper
+from kvtransport.wire.frames import Header
 
 READ_BYTES = 1 << 16
-
-
-class FrameFollower:
-    """One direction of one connection, without I/O.
-
-    :meth:`feed` returns as many bytes as it got. ``on_payload(n)`` is told the DATA payload bytes that passed;
-    ``damage(header)`` says whether the middle byte of a DATA payload is to be changed.
-    """
-
-    def __init__(self, on_payload: Callable[[int], None], damage: Callable[[Header], bool]) -> None:
-        self._on_payload = on_payload
-        self._damage = damage
-        self._head = bytearray()
-        self._left = 0
-        self._is_data = False
-        self._flip_in: int | None = None
-        self.lost = False
-        """The bytes are no stream of frames; they pass unseen."""
-
-    def feed(self, data: bytes) -> bytes:
-        out = bytearray(data)
-        at = 0
-        while at < len(out) and not self.lost:
-            if self._left:
-                n = min(self._left, len(out) - at)
-                if self._flip_in is not None:
-                    if self._flip_in < n:
-                        out[at + self._flip_in] ^= 1
-                        self._flip_in = None
-                    else:
-                        self._flip_in -= n
-                if self._is_data:
-                    self._on_payload(n)
-                self._left -= n
-                at += n
-                continue
-            n = min(HEADER_BYTES - len(self._head), len(out) - at)
-            self._head += out[at : at + n]
-            at += n
-            if len(self._head) == HEADER_BYTES:
-                self._begin(bytes(self._head))
-                self._head.clear()
-        return bytes(out)
-
-    def _begin(self, head: bytes) -> None:
-        try:
-            header = unpack_header(head)
-        except KVError:
-            self.lost = True
-            return
-        self._left = header.length
-        self._is_data = header.type is FrameType.DATA
-        if self._is_data and header.length and self._damage(header):
-            self._flip_in = header.length // 2
 
 
 class Relay:
@@ -171,7 +116,7 @@ class Relay:
                 writer.close()
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        follower = FrameFollower(self._passed, self._damage)
+        follower = Flipper(self._damage, lambda _: None, self._passed)
         while data := await source.read(READ_BYTES):
             if self._bytes_per_s is not None:
                 now = self._loop.time()

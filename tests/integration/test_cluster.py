@@ -11,10 +11,11 @@ import pytest
 
 from kvpool.cluster.directory import Directory, EmbeddedDirectory
 from kvpool.cluster.links import NodeLinks
+from kvpool.cluster.locate import Cut
 from kvpool.cluster.members import State
 from kvpool.cluster.peers import PeerDirectory
 from kvpool.cluster.pool import ClusterPool, connect_cluster, open_placement
-from kvpool.cluster.segments import SEGMENT_BLOCKS
+from kvpool.cluster.segments import SEGMENT_BLOCKS, units_of
 from kvpool.cluster.valkey import open_directory
 from kvpool.errors import DirectoryError, LeaseError, MissError, NoNodeError, PrefixMissingError
 from kvpool.keys import KeyChain
@@ -462,7 +463,7 @@ async def test_flushall_costs_nothing_for_long(server):
     prompt = tokens(SEGMENT * 3)
     await put(pool, ns, prompt, SEGMENT * 2 + 64)
     await world.settled()
-    keys = _keys(pool, ns, prompt, SEGMENT * 2 + 64)
+    keys = _keys(ns, prompt, SEGMENT * 2 + 64)
     known = [set(found) for found in await pool.directory.look(keys)]
     server.command("FLUSHALL")
     async with asyncio.timeout(5):
@@ -480,11 +481,9 @@ async def test_flushall_costs_nothing_for_long(server):
     await world.close()
 
 
-def _keys(pool, ns, prompt, boundary):
-    from kvpool.cluster.locate import Cut
-
+def _keys(ns, prompt, boundary):
     chain = KeyChain(ns, prompt[:boundary])
-    return Cut(ns, pool._units[ns.id], chain.blocks).keys
+    return Cut(ns, units_of(ns), chain.blocks).keys
 
 
 async def test_a_dead_directory_is_done_without():
@@ -526,7 +525,7 @@ async def test_what_others_write_into_the_directory_is_no_data(server):
     await put(pool, ns, prompt, SEGMENT + 64)
     await world.settled()
     client = pool.directory._client
-    for key in _keys(pool, ns, prompt, SEGMENT + 64):
+    for key in _keys(ns, prompt, SEGMENT + 64):
         await client.hset(b"kvp:test:" + key[:16], "stranger", b"garbage")
         await client.hset(b"kvp:test:" + key[:16], key[16:] + b"stranger", b"garbage")
         await client.hset(b"kvp:test:" + key[:16], key[16:] + b"n9", bytes(12 + 8 * 64))

@@ -275,6 +275,11 @@ class Receiver:
                 error = LimitError(
                     f"received bytes of {what} lie in too many separate ranges: the sender must use larger chunks or send in order"
                 )
+            case Odd.CREDIT:
+                granted = 0 if self._into is None else self._into.stats().granted
+                error = LimitError(
+                    f"data for bytes {header.offset}..{stop} of {what} goes beyond the credit of {granted} bytes: the sender must wait for CREDIT"
+                )
         self.fail(error)
 
     def on_corrupt(self, header: Header) -> None:

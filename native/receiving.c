@@ -54,6 +54,14 @@ static int win(kv_conn *conn, kv_incoming *in, kv_in_slot *slot) {
     return rivals && kv_settle(conn->group, true) ? -1 : 1;
 }
 
+/* Bytes that connections are receiving into their places. Claims are disjoint, and so are they and what is applied. */
+static uint64_t claimed_bytes(const kv_incoming *in) {
+    uint64_t bytes = 0;
+    for (const kv_conn *conn = in->group->conns; conn; conn = conn->next_of_group)
+        if (conn->claim == in) bytes += conn->header.length;
+    return bytes;
+}
+
 void kv_incoming_close(kv_incoming *in) {
     if (in->closed) return;
     in->closed = true;
@@ -220,6 +228,10 @@ static void begin_data(kv_conn *conn) {
         if (!won) {
             in->duplicate_bytes += header->length;
             conn->duplicate = true;
+            return;
+        }
+        if (in->applied_bytes + claimed_bytes(in) + header->length > in->granted) {
+            say(conn, KV_EV_ODD, KV_ODD_CREDIT, in->tag);
             return;
         }
         conn->claim = in;

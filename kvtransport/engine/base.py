@@ -57,6 +57,7 @@ class Odd(IntEnum):
     UNCHECKED = 2
     OVERLAP = 3
     RANGES = 4
+    CREDIT = 5
 
 
 class OutgoingOwner(Protocol):

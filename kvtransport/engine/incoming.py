@@ -108,6 +108,11 @@ class PythonIncoming:
         if not missing or not self._win(slot, start, stop, header.sequence):
             self._duplicates += header.length
             return PageList.scratch(header.length)
+        # Claims are disjoint, and so are they and what is applied: all of it cost the sender credit.
+        on_its_way = self._applied + sum(claim.stop - claim.start for claim in self._claims.values())
+        if on_its_way + header.length > self._credit.granted:
+            self._owner.on_odd(Odd.CREDIT, header)
+            return PageList.scratch(header.length)
         self._claims[connection] = _Claim(*slot, start, stop, header.sequence)
         return pages.slice(start, stop)
 

@@ -18,6 +18,7 @@ from kvtransport.errors import (
     FingerprintError,
     IntegrityError,
     KVError,
+    LimitError,
     ManifestError,
     ParallelismError,
     PeerLostError,
@@ -197,6 +198,24 @@ async def test_small_window_still_moves_everything(pair, hybrid, make_manifest, 
     hand_over_all(sender, source)
     await asyncio.gather(sender.seal(), receiver.sealed())
     assert target.bytes() == source.bytes()
+
+
+async def test_data_beyond_the_credit_is_refused_and_written_nowhere(pair, hybrid, make_manifest):
+    await pair.start()
+    manifest = make_manifest(2000)
+    source, target = Cache(manifest, seed=6), Cache(manifest, blank=True)
+    receiver = expect(pair, manifest, target, hybrid, window_bytes=32 << 10)
+    sender = pair.link.open(manifest)
+    await sender.accepted()
+    sender._out.accept(64 << 10, 1 << 40)  # a sender that does not count
+    blank = target.bytes()
+    slot = max(source.pages, key=lambda slot: source.pages[slot].nbytes)
+    sender.ready(*slot, source.pages[slot])
+    with pytest.raises(LimitError, match="goes beyond the credit of 32768 bytes"):
+        await receiver.sealed()
+    await sender.first_of(asyncio.get_running_loop().create_future())
+    assert "goes beyond the credit" in sender.error.message
+    assert target.bytes() == blank
 
 
 async def test_without_credit_ready_units_spill_and_their_memory_is_free(pair, hybrid, make_manifest):

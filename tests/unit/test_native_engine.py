@@ -37,7 +37,7 @@ from kvtransport.wire.reader import FrameReader
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = DEFAULT_LIMITS.by_type
 CONTROL, LOST, BAD, STRAY, ODD, CORRUPT, APPLIED, ACKED = range(8)
-SLOT, BOUNDS, UNCHECKED, OVERLAP, RANGES = range(5)
+SLOT, BOUNDS, UNCHECKED, OVERLAP, RANGES, CREDIT = range(6)
 T = bytes(range(16))
 MIB = 1 << 20
 
@@ -446,6 +446,30 @@ def test_odd_data_is_drained_and_told(engine, group, frame, reason):
     assert memory == b"y" * 100 + bytes(900)
     end.say(data(b"z" * 100, offset=100))  # the stream is in step
     events(engine, lambda e: any(x[0] == APPLIED for x in e))
+
+
+def test_data_beyond_the_credit_is_drained_and_told(engine, group):
+    first, second = End(engine, group, 1), End(engine, group, 2)
+    memory = bytearray(1000)
+    into = incoming(group, memory, window=300)
+    half = data(b"a" * 200)
+    first.say(half[:100])  # claimed, and not applied
+    deadline = time.monotonic() + 5
+    while first.conn.stats()[1] < 100:
+        assert time.monotonic() < deadline
+    beyond = data(b"b" * 101, offset=200)
+    second.say(beyond)
+    kind, tag, detail, head, _ = one_event(engine)
+    assert (kind, tag, detail, head) == (ODD, 7, CREDIT, beyond[:HEADER_BYTES])
+    second.say(data(b"c" * 100, offset=200))  # exactly what is left
+    events(engine, lambda e: any(x[0] == APPLIED for x in e))
+    first.say(half[100:])
+    events(engine, lambda e: any(x[0] == APPLIED for x in e))
+    assert memory == b"a" * 200 + b"c" * 100 + bytes(700)
+    assert into.stats()[4] == 600  # credit has moved: what was refused may come now
+    second.say(data(b"d" * 300, offset=300, sequence=1))
+    assert one_event(engine)[0] == APPLIED
+    into.close()
 
 
 def test_corrupt_and_stray_data(engine, group):

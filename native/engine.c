@@ -204,6 +204,7 @@ static int start_thread(kv_engine *engine, kv_thread *thread) {
     if (!error && epoll_ctl(thread->epoll, EPOLL_CTL_ADD, thread->wake, &event) < 0) error = errno;
     if (!error) error = pthread_create(&thread->id, NULL, run, thread);
     if (!error) {
+        pthread_setname_np(thread->id, "kv-io"); /* told apart from the event loop by top and perf */
         thread->running = true;
         return 0;
     }

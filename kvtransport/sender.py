@@ -139,6 +139,9 @@ class Sender:
         self._sealing = False
         self._last: bytes | None = None
         self._copies: set[asyncio.Task[None]] = set()
+        self._acked_bytes = 0
+        self._acked_s = self._loop.time()
+        """When that last changed."""
         self._send_open()
 
     # -- OutgoingTransfer ----------------------------------------------------------------------
@@ -352,18 +355,18 @@ class Sender:
 
     def _spill_waiting(self) -> None:
         now = self._loop.time()
-        stalled_s = self._out.stalled()
+        stalled_s, still_s = self._out.stalled(), self._still_s(now)
         if not self._accepted.done():
             stalled_s = now - (self._stats.opened_s or now)
         for unit in list(self._held.values()):
             if unit.event is not None:
                 continue
             waited_s = now - unit.since
-            if not self._policy.wants(waited_s=waited_s, stalled_s=stalled_s):
+            if not self._policy.wants(waited_s=waited_s, stalled_s=stalled_s, still_s=still_s):
                 break  # in order of age
             # What is on its way needs no credit, but an acknowledgement: a consumer that stands still gives neither.
             sent = self._out.uncut(unit.layer, unit.tensor, unit.start) == 0
-            if sent and not self._policy.wants(waited_s=waited_s, stalled_s=0.0):
+            if sent and not self._policy.wants(waited_s=waited_s, stalled_s=0.0, still_s=still_s):
                 continue
             spilled = self._area.take(unit.pages.nbytes)
             if spilled is None:
@@ -376,6 +379,14 @@ class Sender:
                     )
                 return
             self._start_spill(unit, spilled)
+
+    def _still_s(self, now: float) -> float:
+        """For how long nothing was acknowledged, as far as the polls show it."""
+        out = self._out.stats()
+        acked = out.moved_bytes - out.inflight_bytes
+        if acked != self._acked_bytes:
+            self._acked_bytes, self._acked_s = acked, now
+        return now - self._acked_s
 
     def _start_spill(self, unit: Unit, spilled: Spilled) -> None:
         del self._held[id(unit)]

@@ -170,22 +170,23 @@ def test_a_silent_peer_is_pinged_first_and_dead_in_time(interval_s, deadline_s):
 
 
 @pytest.mark.parametrize(
-    ("waited_s", "stalled_s", "wants"),
+    ("waited_s", "stalled_s", "still_s", "wants"),
     [
-        (0.0, 0.0, False),
-        (0.0, 0.019, False),  # a moment without credit is no stall
-        (0.0, 0.02, True),
-        (0.249, 0.0, False),
-        (0.25, 0.0, True),
+        (0.0, 0.0, 0.0, False),
+        (0.0, 0.019, 0.0, False),  # a moment without credit is no stall
+        (0.0, 0.02, 0.0, True),
+        (60.0, 0.0, 0.249, False),  # slow, but it flows
+        (0.249, 0.0, 60.0, False),  # it has just come
+        (0.25, 0.0, 0.25, True),
     ],
 )
-def test_spilling_after_a_stall_or_a_long_wait(waited_s, stalled_s, wants):
+def test_spilling_after_a_stall_or_where_nothing_moves(waited_s, stalled_s, still_s, wants):
     policy = SpillPolicy(budget_bytes=1, after_s=0.25, stalled_s=0.02)
-    assert policy.wants(waited_s=waited_s, stalled_s=stalled_s) is wants
+    assert policy.wants(waited_s=waited_s, stalled_s=stalled_s, still_s=still_s) is wants
 
 
 def test_without_a_budget_nothing_spills():
-    assert not SpillPolicy(budget_bytes=0).wants(waited_s=1e9, stalled_s=1e9)
+    assert not SpillPolicy(budget_bytes=0).wants(waited_s=1e9, stalled_s=1e9, still_s=1e9)
 
 
 # -- turns -------------------------------------------------------------------------------------------

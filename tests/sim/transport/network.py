@@ -57,6 +57,8 @@ class SimStream:
 
     def __init__(self, network: SimNetwork, name: str, process: object, out: Half, into: Half) -> None:
         self.network = network
+        self.path = network.path
+        """What the bytes it sends meet; a test may give a stream a path of its own."""
         self.local = self.name = name
         self.peer = ""
         self.session = None
@@ -77,7 +79,7 @@ class SimStream:
             raise OSError("stream is closed")
         if self.out.broken:
             raise BrokenPipeError("connection reset")
-        path = self.network.path
+        path = self.path
         total = len(head) + (0 if pages is None else pages.nbytes)
         take = min(path.capacity - self.out.held, total - start)
         if take <= 0:
@@ -196,7 +198,7 @@ class SimStream:
     # -- inside --------------------------------------------------------------------------------
 
     def _put(self, data: bytearray) -> None:
-        out, path, now = self.out, self.network.path, self.network.loop.time()
+        out, path, now = self.out, self.path, self.network.loop.time()
         if out.flips:
             later: list[int] = []
             for at in out.flips:
@@ -249,7 +251,7 @@ class SimStream:
         if reset and out.gone:
             return  # a reset is lost in a black hole, too
         out.gone = out.gone or reset
-        at = loop.time() + self.network.path.latency_s
+        at = loop.time() + self.path.latency_s
         self.network.later((at if reset else max(at, out.clear_at)) - loop.time(), tell)
 
     def arm(self) -> None:
@@ -263,7 +265,7 @@ class SimStream:
         if self._readable and not self.paused and self._ready():
             self._readable()
             again = self._ready() and not self.paused
-        if self._writable and (self.out.held < self.network.path.capacity or self.out.broken):
+        if self._writable and (self.out.held < self.path.capacity or self.out.broken):
             self._writable()
             again = True
         if again:

@@ -29,8 +29,8 @@ native = Extension(
 
 table = Extension(
     "kvpool._native",
-    sources=["native/keytable.c", "native/keytable_py.c"],
-    depends=["native/keytable.h", "native/third_party/xxhash.h"],
+    sources=["native/flatkeys.c", "native/keytable.c", "native/keytable_py.c"],
+    depends=["native/flatkeys.h", "native/keytable.h", "native/third_party/xxhash.h"],
     define_macros=[("Py_LIMITED_API", "0x030b0000")],
     extra_compile_args=["-std=c11", "-O3", "-fvisibility=hidden"],
     py_limited_api=True,

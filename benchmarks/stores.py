@@ -7,6 +7,9 @@ asks for 512 keys of which half are there. The link alone (``kvbench loopback``)
 a share of that. Needs redis-server and memcached on the PATH, and for the peers a Python with redis, hiredis, pylibmc and
 mooncake-transfer-engine-non-cuda (with numpy): ``--peers-python``. A congestion control of its own needs root: the run then has a network
 namespace to itself, and everything in it uses that.
+
+Given a ``--json`` file that is there already, the rounds of this run are added to its rounds and the table is of all: long tables come
+together out of short runs. A run's turns stand side by side, so stores are only to be compared when every run had all of them.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def turn(name: str, python: str, args: argparse.Namespace) -> dict[str, Any]:
             sys.executable, "-m", "kvtransport.bench.cli", "loopback", "--connections", str(args.connections),
             "--repeat", "1", "--tokens", "16384", "--json", "-",
         )  # fmt: skip
-        return {"loopback_gb_s": done["goodput_gbps"]["median"] / 8}
+        return {"loopback_gb_s": done["goodput_gbps"] / 8}
     sizes = [str(size) for size in args.sizes]
     return run_json(
         python, str(HERE / "stores_worker.py"), name, "--bytes", str(args.bytes), "--sizes", *sizes,
@@ -120,32 +123,46 @@ def main() -> None:
     if args.congestion != "system":
         enter_namespace(args.congestion)
     names = [*args.stores, LINK]
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    path = None if args.json in (None, "-") else Path(args.json)
+    settings = {
+        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()},
+        "congestion": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
+        "bytes": args.bytes,
+        "connections": args.connections,
+    }
+    result = earlier(path, settings) or {**settings, "runs": [], "summary": {}, "rounds": {}}
+    samples: dict[str, list[dict[str, float]]] = result["rounds"]
     started = time.time()
     for number in range(args.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             python = sys.executable if name.startswith(OURS) else args.peers_python
-            samples[name].append(flat(turn(name, python, args)))
+            samples.setdefault(name, []).append(flat(turn(name, python, args)))
             print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-    summary = {
-        name: {what: spread([r[what] for r in rounds]) for what in rounds[0]}
+    result["summary"] = summary = {
+        name: {
+            what: spread([r[what] for r in rounds if what in r]) for what in dict.fromkeys(w for r in rounds for w in r)
+        }
         for name, rounds in samples.items()
-        if rounds
     }
     print(table(summary, args.sizes), file=sys.stderr)
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()},
-        "congestion": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
-        "seconds": time.time() - started,
-        "bytes": args.bytes,
-        "summary": summary,
-        "rounds": samples,
-    }
+    result["runs"].append(
+        {"arguments": sys.argv[1:], "stores": names, "rounds": args.rounds, "seconds": time.time() - started}
+    )
     if args.json == "-":
         print(json.dumps(result, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    elif path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def earlier(path: Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What is in ``path`` already; refused when it was measured otherwise."""
+    if path is None or not path.exists():
+        return None
+    body: dict[str, Any] = json.loads(path.read_text())
+    other = [name for name, value in settings.items() if body.get(name) != value]
+    if other:
+        raise SystemExit(f"{path} was measured with other {', '.join(other)}: name another file")
+    return body
 
 
 if __name__ == "__main__":

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from ._native import Memory
 
-__all__ = ["KeyTable"]
+__all__ = ["KeyTable", "which"]
 
 _MOST = 64
+
+
+def which(entries: dict[bytes, Any], keys: Memory, lengths: Memory, most: int, /) -> bytes:
+    """A bit for each of the keys that ``entries`` has, the first in the lowest bit of the first byte.
+
+    ``keys`` are the keys one after another, ``lengths`` the bytes of each, 1 to ``most``, as little-endian u16. ValueError when
+    these do not go together.
+    """
+    data, sizes = bytes(keys), bytes(lengths)
+    if len(sizes) % 2:
+        raise ValueError(f"lengths are 2 bytes each, got {len(sizes)} bytes")
+    flags: list[bool] = []
+    at = 0
+    for i, length in enumerate(np.frombuffer(sizes, "<u2").tolist()):
+        if not 0 < length <= min(most, len(data) - at):
+            raise ValueError(f"key {i} of {length} bytes at {at}: a key has 1 to {most} of the {len(data)} bytes")
+        flags.append(data[at : at + length] in entries)
+        at += length
+    if at != len(data):
+        raise ValueError(f"the lengths of {len(flags)} keys add up to {at} bytes, there are {len(data)}")
+    return np.packbits(np.array(flags, np.bool_), bitorder="little").tobytes()
 
 
 class KeyTable:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
-from kvtransport.errors import DestinationError, KVBufferError, KVError, ManifestError
+from kvtransport.errors import DestinationError, KVBufferError, KVError, ManifestError, ProtocolError
 from kvtransport.io.base import Network
 from kvtransport.layout import CacheLayout
 from kvtransport.link import Link
@@ -24,14 +25,25 @@ from .errors import PoolError
 from .keys import KeyChain, Namespace
 from .local import LocalMemory, unpack_places
 from .match import Explanation, Match
-from .messages import INLINE_BYTES, chain_to_wire, explanation_from_wire, hints_from_wire, match_from_wire
-from .objects import Landing, pages_of, units
+from .messages import (
+    INLINE_BYTES,
+    bits_from_wire,
+    chain_to_wire,
+    explanation_from_wire,
+    hints_from_wire,
+    keys_to_wire,
+    match_from_wire,
+    numbers_from_wire,
+)
+from .objects import Landing, are_right, checksums_of, pages_of, sizes_of, units
 from .protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
 
 Into = Mapping[tuple[int, int], PageList] | Callable[[Manifest], Mapping[tuple[int, int], PageList]]
 """Destinations of a get by (layer, tensor), or what makes them once the manifest is known."""
 
 
+HASH_FIRST_BYTES = 1 << 20
+"""Of more than this the checksums follow the objects, which are then under way while they are taken."""
 ANSWER_S = 1.0
 """Beyond a deadline, for the pool's own answer that it has passed."""
 
@@ -191,25 +203,31 @@ class PoolClient:
     # -- flat objects --------------------------------------------------------------------------
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
-        return list((await self.link.call("exists", {"keys": list(keys)}))["found"])
+        reply = await self.link.call("exists", keys_to_wire(keys))
+        return bits_from_wire(reply.get("found"), len(keys))
 
     async def put_objects(self, objects: Mapping[bytes, Any]) -> None:
         sources = [pages_of(buffer) for buffer in objects.values()]
+        sizes = sizes_of(sources)
+        total = int(sizes.sum())
         args: dict[str, Any] = {
-            "keys": list(objects),
-            "checksums": [pages.hash(0) for pages in sources],
+            **keys_to_wire(list(objects)),
+            "sizes": sizes.tobytes(),
             "deadline_s": DEFAULT_DEADLINE_S,
         }
-        if sum(pages.nbytes for pages in sources) <= INLINE_BYTES:
-            await self.link.call("put_objects", {**args, "data": [pages.tobytes() for pages in sources]})
+        if total <= HASH_FIRST_BYTES:
+            args["checksums"] = (await checksums_of(sources)).tobytes()
+        if total <= INLINE_BYTES:
+            await self.link.call("put_objects", {**args, "data": b"".join(pages.tobytes() for pages in sources)})
             return
-        args["sizes"] = [pages.nbytes for pages in sources]
         reply = await self.link.call("put_objects", args)
-        manifest = Manifest.of_objects([sum(p.nbytes for p in sources)], transfer=reply["transfer"])
-        sender = self.link.open(manifest, deadline_s=DEFAULT_DEADLINE_S)
+        sender = self.link.open(Manifest.of_objects([total], transfer=reply["transfer"]), deadline_s=DEFAULT_DEADLINE_S)
         try:
             for start, pages in units(sources):
                 sender.hand_over(0, 0, start, pages)
+            if "checksums" not in args:  # they follow while the objects are on their way
+                sums = (await checksums_of(sources)).tobytes()
+                await self.link.call("checksums", {"transfer": reply["transfer"], "checksums": sums})
             await sender.seal()
         except BaseException:
             await sender.cancel("the put was given up")
@@ -230,65 +248,70 @@ class PoolClient:
         if self._local is not None:
             return await self._read_objects(self._local, keys, landing)
         transfer = new_transfer_id()
+        args = {**keys_to_wire(keys), "transfer": transfer, "deadline_s": DEFAULT_DEADLINE_S, "inline": INLINE_BYTES}
+        reply = await self.link.call("get_objects", args)
+        found = np.array(bits_from_wire(reply.get("found"), len(keys)), np.bool_)
+        count = int(found.sum())
+        sizes = numbers_from_wire(reply, "sizes", count)
+        if count and int(sizes.min()) < 0:
+            raise ProtocolError("an object of fewer than no bytes")
+        places = np.full(len(keys), -1, np.int64)
+        places[found] = sizes
+        whole = landing.grant(places.tolist())
+        checksums = numbers_from_wire(reply, "checksums", count).view(np.uint64)
+        if "data" in reply:
+            if not isinstance(reply["data"], bytes) or len(reply["data"]) != whole.nbytes:
+                raise ProtocolError("the objects that came with the answer are not as long as it says")
+            whole.copy_from(PageList.of(reply["data"]))
+        else:
+            await self._receive_objects(transfer, whole)
+        wrong = np.flatnonzero(found)[~await are_right(whole, sizes, checksums)]
+        return await self._keep_right(keys, landing.objects(), wrong)
+
+    async def _receive_objects(self, transfer: bytes, whole: PageList) -> None:
+        """Objects one after another as one extent into ``whole``."""
 
         def grant(manifest: Manifest) -> Mapping[tuple[int, int], PageList]:
-            sizes = manifest.meta.get("sizes")
-            if not isinstance(sizes, list) or len(sizes) != len(keys) or not all(type(n) is int for n in sizes):
-                raise ManifestError("the pool did not say the sizes of the objects that were asked for")
-            if [sum(n for n in sizes if n > 0)] != [e.nbytes for e in manifest.extents]:
+            if [whole.nbytes] != [e.nbytes for e in manifest.extents]:
                 raise ManifestError("the sizes of the objects do not add up to what the pool sends")
-            return {(0, 0): landing.grant(sizes)}
+            return {(0, 0): whole}
 
-        args = {"keys": list(keys), "transfer": transfer, "deadline_s": DEFAULT_DEADLINE_S, "inline": INLINE_BYTES}
-        reply = await self.link.call("get_objects", args)
-        if "data" in reply:
-            bodies = iter(reply["data"])
-            data = [next(bodies) if there else None for there in reply["found"]]
-            landing.grant([-1 if d is None else len(d) for d in data]).copy_from(
-                PageList.of(b"".join(d for d in data if d))
-            )
-            return await self._check_objects(keys, reply["checksums"], landing.objects())
         # The pool's OPEN may be here already: it waits for this.
         receiver = self._endpoint.expect(transfer, Expectation(grant, deadline_s=DEFAULT_DEADLINE_S), link=self.link)
         try:
             await receiver.sealed()
         finally:
             await receiver.cancel("done")
-        return await self._check_objects(keys, reply["checksums"], landing.objects())
 
     async def _read_objects(self, local: LocalMemory, keys: Sequence[bytes], landing: Landing) -> list[PageList | None]:
         """Objects out of the pool's own memory."""
-        reply = await self.link.call("locate_objects", {"keys": list(keys)})
+        reply = await self.link.call("locate_objects", keys_to_wire(keys))
         (place,) = unpack_places(reply["places"])
-        sizes, counts = reply["sizes"], reply["counts"]
-        same = local.read_pages(place, landing.grant(sizes))
+        sizes = numbers_from_wire(reply, "sizes", len(keys))
+        ends = numbers_from_wire(reply, "counts", len(keys)).cumsum()
+        there = sizes >= 0
+        whole = landing.grant(sizes.tolist())
+        # Evicted or replaced meanwhile: a page of it changed.
+        changed = np.flatnonzero(~local.read_pages(place, whole))
+        begins = np.concatenate([[0], ends[:-1]])
+        lost = there & (changed.searchsorted(begins) != changed.searchsorted(ends))
+        sums = numbers_from_wire(reply, "checksums", int(there.sum())).view(np.uint64)
+        wrong = np.zeros(len(keys), np.bool_)
+        wrong[there] = ~await are_right(whole, sizes[there], sums)
         found = landing.objects()
-        checksums = iter(reply["checksums"])
-        kept: list[int] = []
-        ends = np.cumsum(counts)
-        changed = np.flatnonzero(~same)
-        for i, size in enumerate(sizes):
-            if size < 0:
-                continue
-            checksum = next(checksums)
-            if len(changed) and changed.searchsorted(ends[i] - counts[i]) != changed.searchsorted(ends[i]):
-                found[i] = None  # evicted or replaced meanwhile
-            else:
-                kept.append(checksum)
-        return await self._check_objects(keys, kept, found)
+        for i in np.flatnonzero(lost).tolist():
+            found[i] = None
+        return await self._keep_right(keys, found, np.flatnonzero(wrong & ~lost))
 
-    async def _check_objects(
-        self, keys: Sequence[bytes], checksums: Sequence[int], found: list[PageList | None]
+    async def _keep_right(
+        self, keys: Sequence[bytes], found: list[PageList | None], wrong: NDArray[np.intp]
     ) -> list[PageList | None]:
-        """Hold each object against the checksum taken at its put: bytes may also change while they rest."""
-        wanted = iter(checksums)
-        corrupt: list[bytes] = []
-        for i, pages in enumerate(found):
-            if pages is not None and pages.hash(0) != next(wanted):
-                corrupt.append(keys[i])
-                found[i] = None
+        """``found`` without those that no longer have the checksum taken at their put: bytes may also change while they rest."""
+        corrupt = [keys[i] for i in wrong.tolist()]
+        for i in wrong.tolist():
+            found[i] = None
         if corrupt:
-            await self.link.call("drop_corrupt", {"keys": corrupt})
+            await self.link.call("drop_corrupt", keys_to_wire(corrupt))
         return found
 
     # -- the whole -----------------------------------------------------------------------------

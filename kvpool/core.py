@@ -424,6 +424,11 @@ class PoolCore:
         """Which flat keys of the tenant are there; touches nothing."""
         return self._shelf(tenant).has(check_flat_keys(self._bounded(keys)))
 
+    def exists_packed(self, tenant: str, keys: bytes, lengths: bytes) -> bytes:
+        """:meth:`exists` of keys one after another, whose ``lengths`` are little-endian u16: a bit each. Raises KeyChainError."""
+        self._check_count(len(lengths) // 2)
+        return self._shelf(tenant).which(keys, lengths)
+
     def begin_put_flat(self, tenant: str, sizes: Mapping[bytes, int], *, deadline: float) -> FlatPut:
         """Allocate objects of ``sizes`` bytes by key; all or none. Raises KeyChainError, QuotaError, PoolFullError, PoolLimitError."""
         shelf = self._shelf(tenant)
@@ -550,11 +555,13 @@ class PoolCore:
         return str(Reason.NEVER_STORED)
 
     @staticmethod
-    def _bounded(keys: Sequence[bytes]) -> Sequence[bytes]:
-        if len(keys) > MAX_FLAT_KEYS:
-            raise KeyChainError(
-                f"{len(keys)} flat keys in one call, at most {MAX_FLAT_KEYS} are possible: split the call"
-            )
+    def _check_count(count: int) -> None:
+        if count > MAX_FLAT_KEYS:
+            raise KeyChainError(f"{count} flat keys in one call, at most {MAX_FLAT_KEYS} are possible: split the call")
+
+    @classmethod
+    def _bounded(cls, keys: Sequence[bytes]) -> Sequence[bytes]:
+        cls._check_count(len(keys))
         return keys
 
     @staticmethod

@@ -14,10 +14,13 @@ from kvtransport.errors import DeadlineError, KVError, TransferCancelledError, T
 from kvtransport.manifest import Manifest
 
 from .arena import Slab
+from .errors import KeyChainError
 from .eviction import BLOCKED, GONE, Eviction
+from .keys import MAX_FLAT_KEY_BYTES
 from .local import Located
 from .placement import Slot
 from .put import PutState
+from .table import which
 
 if TYPE_CHECKING:
     from .core import PoolCore
@@ -66,6 +69,13 @@ class FlatShelf:
     def has(self, keys: Sequence[bytes]) -> list[bool]:
         """Which of ``keys`` are there."""
         return list(map(self._by_key.__contains__, keys))
+
+    def which(self, keys: bytes, lengths: bytes) -> bytes:
+        """The same for keys one after another, in bits; see :func:`kvpool.table.which`."""
+        try:
+            return which(self._by_key, keys, lengths, MAX_FLAT_KEY_BYTES)
+        except ValueError as error:
+            raise KeyChainError(f"these are no flat keys: {error}") from None
 
     def get(self, keys: Sequence[bytes]) -> list[FlatEntry | None]:
         """The objects under ``keys``, now the most recently used, the last of them more so."""
@@ -188,6 +198,8 @@ class FlatPut:
         self.error: KVError | None = None
         self.on_failed: Callable[[KVError], None] | None = None
         self.keys = tuple(slabs)
+        self.checksums: Mapping[bytes, int] = {}
+        """xxh3_64 (seed 0) of the objects' bytes at their source, where it is known."""
         self._core, self._shelf, self._slabs = core, shelf, dict(slabs)
 
     @property
@@ -207,15 +219,14 @@ class FlatPut:
     def manifest(self, transfer: bytes) -> Manifest:
         return Manifest.of_objects([sum(s.nbytes for s in self._slabs.values())], transfer=transfer)
 
-    def commit(self, checksums: Mapping[bytes, int] | None = None) -> None:
+    def commit(self) -> None:
         """Make all objects visible at once, replacing older ones under the same keys.
 
-        ``checksums`` are xxh3_64 (seed 0) of the objects' bytes at their source; those not given are taken from what
-        is in the destinations. Raises TransferError when the put has ended.
+        Checksums that are not known are taken from what is in the destinations. Raises TransferError when the put has ended.
         """
         if self.state is not PutState.OPEN:
             raise self.error or TransferError(f"the put is {self.state}: it cannot be committed")
-        given = checksums or {}
+        given = self.checksums
         sums = [given[k] if k in given else self._core.arena.pages(slab).hash(0) for k, slab in self._slabs.items()]
         self._shelf.put([(k, slab, c) for (k, slab), c in zip(self._slabs.items(), sums, strict=True)])
         self._end(PutState.COMMITTED)
@@ -279,9 +290,14 @@ class FlatGet:
         return [e is not None for e in self.entries]
 
     @property
-    def checksums(self) -> list[int]:
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each found object."""
+        return np.fromiter((e.slab.nbytes for e in self._pinned), np.int64, len(self._pinned))
+
+    @property
+    def checksums(self) -> NDArray[np.uint64]:
         """xxh3_64 of each found object, as stored at its put."""
-        return [e.checksum for e in self.entries if e is not None]
+        return np.fromiter((e.checksum for e in self._pinned), np.uint64, len(self._pinned))
 
     @property
     def objects(self) -> list[PageList]:
@@ -289,9 +305,8 @@ class FlatGet:
         return [self._core.arena.pages(entry.slab) for entry in self._pinned]
 
     def manifest(self, transfer: bytes) -> Manifest:
-        """One extent; ``meta`` says the size of every object asked for, -1 where it is not there."""
-        sizes = [-1 if e is None else e.slab.nbytes for e in self.entries]
-        return Manifest.of_objects([sum(e.slab.nbytes for e in self._pinned)], transfer=transfer, meta={"sizes": sizes})
+        """One extent."""
+        return Manifest.of_objects([self.nbytes], transfer=transfer)
 
     def place(self) -> tuple[Located, list[int], list[int]]:
         """Where all of it lies, for who maps the memory; the size of each object asked for (-1: not there), and its pages."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtransport.errors import ProtocolError
 from kvtransport.layout import GroupKind
 
 from .admission import CheckpointHints
 from .errors import NamespaceError
-from .keys import KeyChain, Namespace
+from .keys import MAX_FLAT_KEY_BYTES, KeyChain, Namespace, check_flat_keys
 from .match import Explanation, GroupReach, Match, Reason
 
 MAX_TIMEOUT_S = 3_600.0
@@ -62,6 +64,35 @@ def chain_from_wire(ns: Namespace, body: object, *, stores: bool = False) -> Key
     if len(tokens) % 4:
         raise ProtocolError(f"tokens are 4 bytes each, got {len(tokens)} bytes")
     return KeyChain(ns, np.frombuffer(tokens, "<u4"), extra)
+
+
+def keys_to_wire(keys: Sequence[bytes]) -> dict[str, Any]:
+    """Flat keys one after another and their lengths: a value each would cost more to pack and check than to look up."""
+    lengths = np.fromiter(map(len, keys), np.int64, len(keys))
+    if len(keys) and int(lengths.max()) > MAX_FLAT_KEY_BYTES:
+        check_flat_keys(keys)
+    return {"keys": b"".join(keys), "lengths": lengths.astype("<u2").tobytes()}
+
+
+def bits_to_wire(flags: Sequence[bool]) -> bytes:
+    """One bit each, the first in the lowest bit of the first byte."""
+    return np.packbits(np.array(flags, dtype=np.bool_), bitorder="little").tobytes()
+
+
+def bits_from_wire(bits: object, count: int) -> list[bool]:
+    """Inverse of :func:`bits_to_wire`; raises ProtocolError when these are not ``count``."""
+    if not isinstance(bits, bytes) or len(bits) != -(-count // 8):
+        raise ProtocolError(f"{count} bits were asked for, the answer is {bits!r:.40}")
+    flags: list[bool] = np.unpackbits(np.frombuffer(bits, np.uint8), count=count, bitorder="little").view(bool).tolist()
+    return flags
+
+
+def numbers_from_wire(body: Mapping[str, Any], name: str, count: int) -> NDArray[np.int64]:
+    """The ``count`` numbers (little-endian, 8 bytes each) that an answer has under ``name``; raises ProtocolError."""
+    data = body.get(name)
+    if not isinstance(data, bytes) or len(data) != 8 * count:
+        raise ProtocolError(f"{count} numbers were expected as {name!r}, the answer has {data!r:.40}")
+    return np.frombuffer(data, "<i8")
 
 
 def match_to_wire(match: Match) -> dict[str, Any]:
@@ -130,6 +161,10 @@ class Args:
             raise ProtocolError(f"{self._verb}: argument {name!r} must not be a {type(value).__name__}")
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether it was given."""
+        return self._args.get(name) is not None
+
     def integer(self, name: str, default: Any = ...) -> int:
         value: int = self.get(name, int, default)
         if value < 0:
@@ -164,6 +199,24 @@ class Args:
         if not {bytes}.issuperset(map(type, values)):
             raise ProtocolError(f"{self._verb}: argument {name!r} must be a list of byte strings")
         return values  # type: ignore[no-any-return]
+
+    def packed_keys(self) -> list[bytes]:
+        """Inverse of :func:`keys_to_wire`."""
+        packed, lengths = self.get("keys", bytes), self.get("lengths", bytes)
+        sizes = np.frombuffer(lengths, "<u2") if len(lengths) % 2 == 0 else np.ones(1, "<u2")
+        ends = sizes.cumsum(dtype=np.int64).tolist()
+        if len(lengths) % 2 or len(packed) != (ends[-1] if ends else 0):
+            raise ProtocolError(f"{self._verb}: argument 'lengths' does not say how 'keys' are cut")
+        return [packed[i:j] for i, j in pairwise((0, *ends))]
+
+    def numbers(self, name: str) -> NDArray[np.int64]:
+        """Numbers of 8 bytes, one after another: sizes as they are, checksums when viewed as unsigned."""
+        data = self.get(name, bytes)
+        if len(data) % 8:
+            raise ProtocolError(
+                f"{self._verb}: argument {name!r} must be numbers of 8 bytes each, got {len(data)} bytes"
+            )
+        return np.frombuffer(data, "<i8")
 
     def namespace(self, known: Mapping[bytes, Namespace]) -> Namespace:
         ns = known.get(self.get("ns", bytes))

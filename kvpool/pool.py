@@ -238,7 +238,8 @@ class Pool:
             for (key, pages), target in zip(sources.items(), put.objects, strict=True):
                 checksums[key] = pages.hash(0)
                 target.copy_from(pages)
-            put.commit(checksums)
+            put.checksums = checksums
+            put.commit()
         finally:
             put.abort()
 

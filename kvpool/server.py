@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint
 from kvtransport.errors import IntegrityError, KVError, ManifestError, RefusedError
@@ -27,7 +29,7 @@ from .flat import FlatGet, FlatPut
 from .get import Get
 from .keys import Namespace
 from .local import Located, pack_places
-from .messages import INLINE_BYTES, Args, chain_from_wire, match_to_wire
+from .messages import INLINE_BYTES, Args, bits_to_wire, chain_from_wire, match_to_wire
 from .metrics import Metrics
 from .put import Put
 from .security import tenant_of
@@ -48,6 +50,8 @@ class Session:
         self.tenant = tenant
         self.namespaces: dict[bytes, Namespace] = {}
         self.leases: set[int] = set()
+        self.puts: dict[bytes, FlatPut] = {}
+        """Objects on their way, by transfer."""
 
 
 class PoolServer:
@@ -85,6 +89,7 @@ class PoolServer:
             "release": self._release,
             "exists": self._exists,
             "put_objects": self._put_objects,
+            "checksums": self._checksums,
             "get_objects": self._get_objects,
             "drop_corrupt": self._drop_corrupt,
             "locate": self._locate,
@@ -209,7 +214,7 @@ class PoolServer:
         return self.core.checkpoint_hints(ns, chain, args.integers("insists")).as_dict()
 
     async def _exists(self, session: Session, args: Args) -> dict[str, Any]:
-        return {"found": self.core.exists(session.tenant, args.key_list())}
+        return {"found": self.core.exists_packed(session.tenant, args.get("keys", bytes), args.get("lengths", bytes))}
 
     async def _lease(self, session: Session, args: Args) -> dict[str, Any]:
         ns = args.namespace(session.namespaces)
@@ -261,36 +266,55 @@ class PoolServer:
         )
 
     async def _put_objects(self, session: Session, args: Args) -> dict[str, Any]:
+        """Small objects come with the call; others in a transfer, and their checksums with it or in a call of their own before the seal."""
         self._check_open()
-        keys, sums = args.key_list(), args.integers("checksums")
-        data = args.get("data", (list, type(None)), None)
-        sizes = args.integers("sizes") if data is None else [len(d) if isinstance(d, bytes) else -1 for d in data]
-        if not len(keys) == len(sizes) == len(sums) or len(set(keys)) != len(keys) or -1 in sizes:
-            raise ManifestError("put_objects: one size (or data) and one checksum per key, and no key twice")
+        keys, sizes = args.packed_keys(), args.numbers("sizes").tolist()
+        data = args.get("data", (bytes, type(None)), None)
+        sums = args.numbers("checksums").view(np.uint64).tolist() if data is not None or args.has("checksums") else None
+        if len(keys) != len(sizes) or len(set(keys)) != len(keys) or min(sizes, default=0) < 0:
+            raise ManifestError("put_objects: one size per key, none negative, and no key twice")
+        if sums is not None and len(sums) != len(keys):
+            raise ManifestError(f"put_objects: {len(sums)} checksums of {len(keys)} objects")
+        if data is not None and len(data) != sum(sizes):
+            raise ManifestError(f"put_objects: {len(data)} bytes of objects of {sum(sizes)} bytes")
         deadline_s = args.seconds("deadline_s")
         put = self.core.begin_put_flat(
             session.tenant, dict(zip(keys, sizes, strict=True)), deadline=self.core.clock() + deadline_s
         )
-        checksums = dict(zip(keys, sums, strict=True))
+        if sums is not None:
+            put.checksums = dict(zip(keys, sums, strict=True))
         if data is None:
-            return self._receive(session, put, deadline_s, checksums=checksums)
+            return self._receive(session, put, deadline_s)
         try:
-            self._fill(put, data, checksums)
-            put.commit(checksums)
+            self._fill(put, data)
+            put.commit()
         finally:
             put.abort()
         return {}
 
-    def _fill(self, put: FlatPut, data: list[bytes], checksums: Mapping[bytes, int]) -> None:
+    async def _checksums(self, session: Session, args: Args) -> dict[str, Any]:
+        """Those of objects whose transfer has begun."""
+        transfer, sums = args.name("transfer"), args.numbers("checksums").view(np.uint64).tolist()
+        put = session.puts.get(transfer or b"")
+        if put is None:
+            raise ManifestError("checksums: no put of objects with this transfer is open on this link")
+        if len(sums) != len(put.keys):
+            raise ManifestError(f"checksums: {len(sums)} checksums of {len(put.keys)} objects")
+        put.checksums = dict(zip(put.keys, sums, strict=True))
+        return {}
+
+    def _fill(self, put: FlatPut, data: bytes) -> None:
         """Small objects that came with the call."""
-        for key, body, pages in zip(put.keys, data, put.objects, strict=True):
-            pages.copy_from(PageList.of(body))
-            if pages.hash(0) != checksums[key]:
+        at, body = 0, PageList.of(data)
+        for key, pages in zip(put.keys, put.objects, strict=True):
+            pages.copy_from(body.slice(at, at + pages.nbytes))
+            at += pages.nbytes
+            if pages.hash(0) != put.checksums[key]:
                 raise IntegrityError(
                     f"object {key.hex()[:16]} does not have its checksum: put it again", retryable=True
                 )
-        self._wire["received_moved_bytes"] += sum(map(len, data))
-        self._wire["received_checksums_verified"] += len(data)
+        self._wire["received_moved_bytes"] += len(data)
+        self._wire["received_checksums_verified"] += len(put.keys)
 
     def _receive(
         self,
@@ -301,7 +325,6 @@ class PoolServer:
         layout: CacheLayout | None = None,
         block_tokens: int = 0,
         progress: Callable[[int, int, int, int], int] | None = None,
-        checksums: Mapping[bytes, int] | None = None,
     ) -> dict[str, Any]:
         """Expect the transfer that fills ``put``; seal commits it, any other end aborts it."""
         transfer = new_transfer_id()
@@ -317,10 +340,9 @@ class PoolServer:
                 progress(layer, tensor, start, stop)
 
         def seal() -> None:
-            if isinstance(put, FlatPut):
-                put.commit(checksums)
-            else:
-                put.commit()
+            if isinstance(put, FlatPut) and len(put.checksums) != len(put.keys):
+                raise ManifestError("the objects were sealed before their checksums were told")
+            put.commit()
 
         since = time.perf_counter()  # uvloop's clock counts milliseconds
 
@@ -328,6 +350,7 @@ class PoolServer:
             self._puts -= 1
             self._moved("put", since, error)
             put.on_failed = None
+            session.puts.pop(transfer, None)
             for name in ("moved_bytes", "checksums_verified", "corrupt_chunks", "duplicate_bytes"):
                 self._wire[f"received_{name}"] += getattr(receiver.stats, name)
             if error is not None:
@@ -353,6 +376,8 @@ class PoolServer:
             put.abort(error)
             raise
         self._puts += 1
+        if isinstance(put, FlatPut):
+            session.puts[transfer] = put
         # Stopping the receiver ends every write into the blocks; only then are they freed (in end).
         put.on_failed = receiver.fail
         return {"transfer": transfer}
@@ -392,11 +417,15 @@ class PoolServer:
         transfer = args.name("transfer")
         assert transfer is not None
         deadline_s = args.seconds("deadline_s")
-        get = self.core.plan_get_flat(session.tenant, args.key_list(), deadline=self.core.clock() + deadline_s)
-        answer: dict[str, Any] = {"found": list(get.found), "checksums": list(get.checksums)}
+        get = self.core.plan_get_flat(session.tenant, args.packed_keys(), deadline=self.core.clock() + deadline_s)
+        answer: dict[str, Any] = {
+            "found": bits_to_wire(get.found),
+            "sizes": get.sizes.tobytes(),
+            "checksums": get.checksums.tobytes(),
+        }
         total = get.nbytes
         if total <= min(args.integer("inline", 0), INLINE_BYTES):
-            answer["data"] = [pages.tobytes() for pages in get.objects]
+            answer["data"] = b"".join(pages.tobytes() for pages in get.sources.values())
             self._wire["sent_moved_bytes"] += total
             get.close()
         else:
@@ -418,10 +447,16 @@ class PoolServer:
 
     async def _locate_objects(self, session: Session, args: Args) -> dict[str, Any]:
         self._check_lends()
-        get = self.core.plan_get_flat(session.tenant, args.key_list(), deadline=self.core.clock() + 1)
+        get = self.core.plan_get_flat(session.tenant, args.packed_keys(), deadline=self.core.clock() + 1)
         place, sizes, counts = get.place()
+        checksums = get.checksums
         get.close()
-        return {"checksums": list(get.checksums), "sizes": sizes, "counts": counts, "places": pack_places([place])}
+        return {
+            "checksums": checksums.tobytes(),
+            "sizes": np.array(sizes, "<i8").tobytes(),
+            "counts": np.array(counts, "<i8").tobytes(),
+            "places": pack_places([place]),
+        }
 
     def _check_lends(self) -> None:
         if self.only_tenant is None:
@@ -429,7 +464,7 @@ class PoolServer:
 
     async def _drop_corrupt(self, session: Session, args: Args) -> dict[str, Any]:
         """A client found an object whose bytes no longer have their checksum."""
-        return {"dropped": [self.core.drop_flat(session.tenant, key, corrupt=True) for key in args.key_list()]}
+        return {"dropped": [self.core.drop_flat(session.tenant, key, corrupt=True) for key in args.packed_keys()]}
 
     def _send(self, session: Session, get: Get | FlatGet, transfer: bytes, deadline_s: float) -> None:
         try:

@@ -24,7 +24,19 @@ from ._pure_arena import Arena, View, _descriptor, _size
 if TYPE_CHECKING:
     from ._native import Memory, Pieces
 
-__all__ = ["Arena", "Hasher", "View", "copy_pages", "hash_pages", "hash_vectors", "join_planes", "recv_pages", "send_pages", "split_planes"]
+__all__ = [
+    "Arena",
+    "Hasher",
+    "View",
+    "copy_pages",
+    "hash_each",
+    "hash_pages",
+    "hash_vectors",
+    "join_planes",
+    "recv_pages",
+    "send_pages",
+    "split_planes",
+]
 
 _IOV_LIMIT = 1024
 _RECV_BYTES = 256 << 10
@@ -255,6 +267,25 @@ def hash_pages(base: Memory | None, pieces: Pieces | None, seed: int = 0) -> int
     for run in _Pages(base, pieces).runs(0, sys.maxsize):
         hasher._state.update(run)
     return hasher.intdigest()
+
+
+def hash_each(base: Memory | None, pieces: Pieces | None, sizes: Memory, out: Memory, seed: int = 0) -> None:
+    """xxh3_64 of each of the parts of ``sizes`` bytes (int64) that a page list is cut into, into ``out`` (uint64)."""
+    pages = _Pages(base, pieces)
+    each = np.frombuffer(_flat(sizes), np.int64).tolist()
+    sums = np.frombuffer(_flat(out, writable=True), np.uint64)
+    if len(sums) != len(each) or any(n < 0 for n in each) or sum(each) != pages.nbytes:
+        raise ValueError(
+            f"{len(each)} parts of {sum(each)} bytes and {sums.nbytes} bytes for their sums do not go with a page list of "
+            f"{pages.nbytes}"
+        )
+    at = 0
+    for i, size in enumerate(each):
+        hasher = Hasher(seed)
+        for run in pages.runs(at, at + size):
+            hasher._state.update(run)
+        sums[i] = hasher.intdigest()
+        at += size
 
 
 def copy_pages(

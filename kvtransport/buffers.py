@@ -2,7 +2,7 @@
 
 The work is done by the C extension ``kvtransport._native``; where it was not built its pure-Python twin serves,
 slower, with one warning. The functions re-exported here keep the twin's contract (``kvtransport/_pure.py``):
-``send_pages``, ``recv_pages``, ``hash_pages``, ``copy_pages`` and ``Hasher`` raise the plain ValueError, OSError,
+``send_pages``, ``recv_pages``, ``hash_pages``, ``hash_each``, ``copy_pages`` and ``Hasher`` raise the plain ValueError, OSError,
 EOFError or BufferError; :class:`Arena` and :class:`PageList` raise errors of this project's tree.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -54,6 +54,7 @@ __all__ = [
     "PageList",
     "View",
     "copy_pages",
+    "hash_each",
     "hash_pages",
     "join_planes",
     "native_available",
@@ -65,6 +66,7 @@ __all__ = [
 Hasher = _impl.Hasher
 View = _impl.View
 copy_pages = _impl.copy_pages
+hash_each = _impl.hash_each
 hash_pages = _impl.hash_pages
 join_planes = _impl.join_planes
 NativeEngine: type[_impl.Engine] | None = getattr(_impl, "Engine", None)
@@ -381,6 +383,13 @@ class PageList:
     def hash(self, seed: int = 0) -> int:
         """xxh3_64 of the bytes."""
         return hash_pages(self._base, self.pieces, seed)
+
+    def hash_each(self, sizes: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """xxh3_64 (seed 0) of each of the parts of ``sizes`` bytes that these bytes are, one after another. Raises ValueError."""
+        each = np.asarray(sizes, np.int64)
+        sums = np.empty(len(each), np.uint64)
+        hash_each(self._base, self.pieces, np.ascontiguousarray(each), sums)
+        return sums
 
     def tobytes(self) -> bytes:
         """The bytes, copied (for tests and small control data)."""

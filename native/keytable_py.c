@@ -7,6 +7,7 @@
 
 #include <string.h>
 
+#include "flatkeys.h"
 #include "keytable.h"
 
 typedef struct {
@@ -265,11 +266,17 @@ static PyType_Spec keytable_spec = {
     .slots = keytable_slots,
 };
 
+static PyMethodDef functions[] = {
+    {"which", kv_which, METH_VARARGS, kv_which_doc},
+    {NULL, NULL, 0, NULL},
+};
+
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "kvpool._native",
-    .m_doc = "The hash table of the pool's index; use kvpool.table.",
+    .m_doc = "The hash table of the pool's index, and lookups of flat keys; use kvpool.table.",
     .m_size = -1,
+    .m_methods = functions,
 };
 
 PyMODINIT_FUNC PyInit__native(void) {

@@ -71,6 +71,7 @@ int kv_u64_converter(PyObject *object, void *result);
 PyObject *kv_send_pages(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *kv_recv_pages(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *kv_hash_pages(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *kv_hash_each(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *kv_copy_pages(PyObject *module, PyObject *args, PyObject *kwargs);
 
 PyObject *kv_split_planes(PyObject *module, PyObject *args, PyObject *kwargs);
@@ -78,7 +79,7 @@ PyObject *kv_join_planes(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *kv_tls_version(PyObject *module, PyObject *unused);
 
 extern const char kv_split_planes_doc[], kv_join_planes_doc[], kv_tls_version_doc[];
-extern const char kv_send_pages_doc[], kv_recv_pages_doc[], kv_hash_pages_doc[], kv_copy_pages_doc[];
+extern const char kv_send_pages_doc[], kv_recv_pages_doc[], kv_hash_pages_doc[], kv_hash_each_doc[], kv_copy_pages_doc[];
 
 int kv_add_arena_types(PyObject *module);
 int kv_add_hasher_type(PyObject *module);

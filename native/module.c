@@ -5,6 +5,7 @@ static PyMethodDef functions[] = {
     {"send_pages", KV_METHOD(kv_send_pages), METH_VARARGS | METH_KEYWORDS, kv_send_pages_doc},
     {"recv_pages", KV_METHOD(kv_recv_pages), METH_VARARGS | METH_KEYWORDS, kv_recv_pages_doc},
     {"hash_pages", KV_METHOD(kv_hash_pages), METH_VARARGS | METH_KEYWORDS, kv_hash_pages_doc},
+    {"hash_each", KV_METHOD(kv_hash_each), METH_VARARGS | METH_KEYWORDS, kv_hash_each_doc},
     {"copy_pages", KV_METHOD(kv_copy_pages), METH_VARARGS | METH_KEYWORDS, kv_copy_pages_doc},
     {"split_planes", KV_METHOD(kv_split_planes), METH_VARARGS | METH_KEYWORDS, kv_split_planes_doc},
     {"join_planes", KV_METHOD(kv_join_planes), METH_VARARGS | METH_KEYWORDS, kv_join_planes_doc},

@@ -115,6 +115,92 @@ PyObject *kv_hash_pages(PyObject *module, PyObject *args, PyObject *kwargs) {
     return result;
 }
 
+const char kv_hash_each_doc[] =
+    "hash_each($module, /, base, pieces, sizes, out, seed=0)\n--\n\n"
+    "xxh3_64 of each of the parts of `sizes` bytes (int64) that a page list is cut into, into `out` (uint64).";
+
+/* The parts lie one after another in the iovecs. */
+static void hash_parts(void *state, const kv_iovs *iovs, const int64_t *sizes, size_t count, uint64_t *out,
+                       uint64_t seed) {
+    size_t at = 0, used = 0;
+    for (size_t i = 0; i < count; i++) {
+        size_t left = (size_t)sizes[i];
+        while (at < iovs->count && used == iovs->items[at].iov_len) at++, used = 0;
+        if (at == iovs->count || left <= iovs->items[at].iov_len - used) {
+            const unsigned char *data = left ? (const unsigned char *)iovs->items[at].iov_base + used : (const void *)"";
+            out[i] = xxh3->one_shot(data, left, seed);
+            used += left;
+            continue;
+        }
+        xxh3->reset(state, seed);
+        while (left) {
+            size_t take = iovs->items[at].iov_len - used;
+            if (take > left) take = left;
+            xxh3->update(state, (const unsigned char *)iovs->items[at].iov_base + used, take);
+            left -= take, used += take;
+            if (left) at++, used = 0; /* no iovec is empty */
+        }
+        out[i] = xxh3->digest(state);
+    }
+}
+
+static int hash_each(const kv_pages *pages, const Py_buffer *sizes, const Py_buffer *out, uint64_t seed) {
+    size_t count = (size_t)sizes->len / 8, total = 0;
+    const int64_t *each = sizes->buf;
+    for (size_t i = 0; i < count; i++) {
+        if (each[i] < 0 || (size_t)each[i] > pages->nbytes - total) {
+            PyErr_Format(PyExc_ValueError, "part %zu of %lld bytes is not in the page list", i, (long long)each[i]);
+            return -1;
+        }
+        total += (size_t)each[i];
+    }
+    if (total != pages->nbytes || sizes->len % 8 || out->len != sizes->len) {
+        PyErr_Format(PyExc_ValueError, "%zu parts of %zu bytes and %zd bytes for their sums do not go with a page list of %zu",
+                     count, total, out->len, pages->nbytes);
+        return -1;
+    }
+    kv_iovs iovs;
+    kv_iovs_init(&iovs);
+    void *state = NULL;
+    int result = kv_iovs_add_pages(&iovs, pages, 0, SIZE_MAX);
+    if (result == 0 && iovs.nbytes != total) {
+        PyErr_SetString(PyExc_RuntimeError, "the pieces changed during the call");
+        result = -1;
+    } else if (result == 0 && !(state = xxh3->create())) {
+        PyErr_NoMemory();
+        result = -1;
+    }
+    if (result == 0) {
+        PyThreadState *save = total > KV_GIL_BYTES ? PyEval_SaveThread() : NULL;
+        hash_parts(state, &iovs, each, count, out->buf, seed);
+        if (save) PyEval_RestoreThread(save);
+    }
+    if (state) xxh3->destroy(state);
+    kv_iovs_free(&iovs);
+    return result;
+}
+
+PyObject *kv_hash_each(PyObject *module, PyObject *args, PyObject *kwargs) {
+    (void)module;
+    static char *names[] = {"base", "pieces", "sizes", "out", "seed", NULL};
+    PyObject *base, *pieces;
+    Py_buffer sizes, out;
+    uint64_t seed = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOy*w*|O&:hash_each", names, &base, &pieces, &sizes, &out,
+                                     kv_u64_converter, &seed))
+        return NULL;
+    kv_pages pages;
+    int result = kv_pages_get(&pages, base, pieces, false);
+    if (result == 0) {
+        result = hash_each(&pages, &sizes, &out, seed);
+        kv_pages_release(&pages);
+    }
+    PyBuffer_Release(&sizes);
+    PyBuffer_Release(&out);
+    if (result < 0) return NULL;
+    Py_RETURN_NONE;
+}
+
 typedef struct {
     PyObject_HEAD
     void *state; /* on its own: it must be aligned to 64 bytes */

@@ -20,6 +20,7 @@ from kvpool.client import PoolClient, connect
 from kvpool.core import PoolCore
 from kvpool.keys import KeyChain
 from kvpool.match import Reason
+from kvpool.messages import keys_to_wire
 from kvpool.protocol import PoolProtocol
 from kvpool.server import PoolServer
 from kvtransport import presets
@@ -29,6 +30,13 @@ from kvtransport.errors import DeadlineError, KVBufferError, KVError, RefusedErr
 from kvtransport.flow.spilling import SpillPolicy
 from kvtransport.manifest import Manifest, new_transfer_id
 from tests.conftest import Cache, no_tasks_left
+
+
+def objects(keys: list[bytes], sizes: list[int], checksums: list[int] | None = None) -> dict[str, bytes]:
+    """The arguments of put_objects."""
+    args = {**keys_to_wire(keys), "sizes": np.array(sizes, "<i8").tobytes()}
+    return args if checksums is None else {**args, "checksums": np.array(checksums, "<u8").tobytes()}
+
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -313,10 +321,22 @@ async def test_a_manifest_of_another_put_is_refused(served, hybrid):
         ("match", {"ns": b"nonsense"}, "has not opened that namespace"),
         ("put", {"ns": b"x"}, "has not opened"),
         ("namespace", {"layout": {}, "block_tokens": 64}, "not a layout description"),
-        ("exists", {"keys": ["text"]}, "list of byte strings"),
-        ("exists", {"keys": 7}, "must not be a int"),
-        ("put_objects", {"keys": [b"a", b"a"], "sizes": [1, 1], "checksums": [0, 0]}, "no key twice"),
-        ("get_objects", {"keys": [b"a"], "transfer": b"short"}, "must be 16 bytes"),
+        ("exists", {"keys": ["text"], "lengths": b""}, "must not be a list"),
+        ("exists", {"keys": b"abc", "lengths": b"\3"}, "lengths are 2 bytes each"),
+        ("exists", {"keys": b"abc", "lengths": b"\4\0"}, "no flat keys"),
+        ("exists", {"keys": b"abc", "lengths": b"\2\0"}, "add up to 2 bytes"),
+        ("exists", {"keys": b"", "lengths": b"\0\0"}, "a key has 1 to 256"),
+        ("exists", {"keys": b"k" * 257, "lengths": b"\1\1"}, "a key has 1 to 256"),
+        ("exists", {"keys": b"k" * 65_537, "lengths": b"\1\0" * 65_537}, "at most 65536"),
+        ("put_objects", objects([b"a", b"a"], [1, 1], [0, 0]), "no key twice"),
+        ("put_objects", objects([b"a", b"b"], [1], [0]), "one size per key"),
+        ("put_objects", objects([b"a"], [-1], [0]), "none negative"),
+        ("put_objects", objects([b"a"], [1], [0, 0]), "2 checksums of 1 objects"),
+        ("put_objects", {**objects([b"a"], [1], [0]), "data": b"ab"}, "2 bytes of objects of 1 bytes"),
+        ("put_objects", {**objects([b"a"], [1]), "sizes": b"\1"}, "8 bytes each"),
+        ("put_objects", {**objects([b"a"], [1]), "lengths": b"\2\0"}, "how 'keys' are cut"),
+        ("checksums", {"transfer": bytes(16), "checksums": bytes(8)}, "no put of objects with this transfer"),
+        ("get_objects", {**keys_to_wire([b"a"]), "transfer": b"short"}, "must be 16 bytes"),
     ],
 )
 async def test_bad_calls_are_named(served, verb, args, says):
@@ -338,6 +358,52 @@ async def test_flat_objects(served):
     assert await client.get_objects([b"b"]) == [b"newer"]
     assert await client.clear() == 3
     assert await client.exists(list(objects)) == [False] * 3
+
+
+async def test_checksums_follow_objects_that_are_under_way(served):
+    """Of more than a MiB: they are right, wrong ones are found at the get, and without them nothing is stored."""
+    client = await served.client()
+    body = np.random.default_rng(1).bytes(3 << 20)
+    await client.put_objects({b"%d" % i: body[i << 18 : (i + 1) << 18] for i in range(12)})
+    assert await client.get_objects([b"%d" % i for i in range(12)]) == [
+        body[i << 18 : (i + 1) << 18] for i in range(12)
+    ]
+    used = served.core.arena.used_bytes
+
+    async def put(key: bytes, checksums: list[int] | None) -> None:
+        reply = await client.link.call("put_objects", objects([key], [len(body)]))
+        sender = client.link.open(Manifest.of_objects([len(body)], transfer=reply["transfer"]), deadline_s=5)
+        sender.hand_over(0, 0, 0, PageList.of(body))
+        if checksums is not None:
+            sums = np.array(checksums, "<u8").tobytes()
+            await client.link.call("checksums", {"transfer": reply["transfer"], "checksums": sums})
+        await sender.seal()
+
+    with pytest.raises(KVError, match="2 checksums of 1 objects"):
+        await put(b"two", [1, 2])
+    with pytest.raises(KVError, match="before their checksums"):
+        await put(b"none", None)
+    await put(b"right", [PageList.of(body).hash(0)])
+    await put(b"wrong", [7])
+    assert await client.exists([b"two", b"none", b"right", b"wrong"]) == [False, False, True, True]
+    assert await client.get_objects([b"right", b"wrong"]) == [body, None]
+    assert await client.exists([b"right", b"wrong"]) == [True, False]
+    assert served.core.stat()["counters"]["flat_corrupt"] == 1
+    await client.clear()
+    await client.close()
+    while served.server.active:
+        await asyncio.sleep(0.01)
+    assert used > 0 == served.core.arena.used_bytes
+
+
+async def test_many_keys_in_one_lookup(served):
+    client = await served.client()
+    await client.put_objects({b"k%d" % i: b"x" for i in range(0, 2_000, 3)})
+    asked = [b"k%d" % i for i in range(2_000)]
+    assert await client.exists(asked) == [i % 3 == 0 for i in range(2_000)]
+    assert await client.exists([]) == []
+    with pytest.raises(KVError, match="1 to 256 bytes"):
+        await client.exists([b"k" * 70_000])
 
 
 async def test_objects_into_the_callers_memory(served):

@@ -23,6 +23,7 @@ import asyncio, os, signal, sys
 import numpy as np
 from kvpool.client import connect
 from kvpool.keys import KeyChain
+from kvpool.messages import keys_to_wire
 from kvtransport.buffers import PageList
 from tests.poolkit import LAYOUTS, STEP
 
@@ -34,7 +35,7 @@ async def main():
     await pool.put(ns, KeyChain(ns, np.arange(5, 60 * STEP)), boundary=50 * STEP, deadline_s=2.0)
     for i in range(4):
         # Its OPENs and DATA come while this process stands still: socket buffers fill up.
-        await pool.link.call("get_objects", {"keys": [b"big"], "transfer": bytes([i + 1]) * 16, "deadline_s": 2.0})
+        await pool.link.call("get_objects", {**keys_to_wire([b"big"]), "transfer": bytes([i + 1]) * 16, "deadline_s": 2.0})
     print("frozen", flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -392,6 +392,27 @@ def test_hashes_equal_xxhash(impl, pages, seed, data):
     assert hasher.intdigest() == xxhash.xxh3_64_intdigest(whole + base, seed)
 
 
+@BOTH
+@given(page_lists(), st.integers(0, 2**64 - 1), st.data())
+@settings(max_examples=60, deadline=None)
+def test_hashes_of_the_parts_of_a_page_list(impl, pages, seed, data):
+    base, pieces = pages
+    whole = concat(base, pieces)
+    cuts = sorted([0, len(whole), *data.draw(st.lists(st.integers(0, len(whole)), max_size=6))])
+    sizes = np.diff(np.array(cuts, np.int64))
+    sums = np.zeros(len(sizes), np.uint64)
+    impl.hash_each(base, pieces, sizes, sums, seed)
+    assert sums.tolist() == [xxhash.xxh3_64_intdigest(whole[a:b], seed) for a, b in itertools.pairwise(cuts)]
+    for wrong in (np.append(sizes, 1), np.append(sizes, -1), sizes + 1):
+        with pytest.raises(ValueError):
+            impl.hash_each(base, pieces, wrong, np.zeros(len(wrong), np.uint64), seed)
+    with pytest.raises(ValueError):
+        impl.hash_each(base, pieces, sizes, np.zeros(len(sizes) + 1, np.uint64), seed)
+    if len(sizes) > 1:
+        with pytest.raises(ValueError):
+            impl.hash_each(base, pieces, np.array([2**62, 2**62, 2**62, 2**62], np.int64), np.zeros(4, np.uint64), seed)
+
+
 @pytest.mark.parametrize("size", [0, 1, 3, 8, 16, 17, 128, 129, 240, 241, 1024, 65535, 65536, 65537, 1 << 20])
 def test_hashes_of_every_kind_of_length(impl, size):
     data = np.random.default_rng(size).bytes(size)

@@ -878,8 +878,10 @@ def flat_get(core, keys, tenant="t"):
     out = [next(pages).tobytes() if found else None for found in reader.found]
     (whole,) = reader.sources.values()
     assert whole.tobytes() == b"".join(data for data in out if data)
-    sizes = [-1 if data is None else len(data) for data in out]
-    assert reader.manifest(REQUEST).meta == {"sizes": sizes}
+    there = [data for data in out if data is not None]
+    assert reader.sizes.tolist() == list(map(len, there))
+    assert reader.checksums.tolist() == [PageList.of(data).hash(0) for data in there]
+    assert [e.nbytes for e in reader.manifest(REQUEST).extents] == [sum(map(len, there))]
     reader.close()
     return out
 

@@ -54,6 +54,31 @@ def test_find_stops_at_the_first_unknown(new):
     assert find(table, [key(i) for i in range(99, -1, -1)] + [b"x"]) == list(range(99, -1, -1))
 
 
+@pytest.mark.parametrize("which", [_native.which, _pure_table.which], ids=["native", "pure"])
+def test_which_of_many_keys_a_dict_has(which):
+    entries = {b"k%d" % i: i for i in range(0, 300, 7)} | {b"x" * 256: 0}
+    keys = [b"k%d" % i for i in range(300)] + [b"x" * 256, b"x" * 255]
+    lengths = np.array(list(map(len, keys)), "<u2").tobytes()
+    bits = which(entries, b"".join(keys), lengths, 256)
+    assert np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").tolist() == [
+        *(int(k in entries) for k in keys),
+        *[0] * (-len(keys) % 8),
+    ]
+    assert which({}, b"", b"", 256) == b""
+    for packed, sizes, words in (
+        (b"abc", b"\3", "2 bytes each"),
+        (b"abc", b"\4\0", "1 to 256"),
+        (b"abc", b"\2\0", "add up to 2 bytes"),
+        (b"", b"\0\0", "1 to 256"),
+        (b"x" * 257, b"\1\1", "1 to 256"),
+        (b"ab", b"\1\0\2\0", "key 1 of 2 bytes at 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            which({}, packed, sizes, 256)
+    with pytest.raises(TypeError):
+        which({}, "text", b"", 256)
+
+
 @pytest.mark.parametrize("width", [1, 8, 31, 32, 33, 64])
 def test_packed_keys_are_the_same_as_listed_ones(new, width):
     table = new(1)

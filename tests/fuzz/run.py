@@ -3,8 +3,8 @@
     python tests/fuzz/run.py --seconds 60 [--only NAME] [--json FILE] [--keep]
     python tests/fuzz/run.py --replay             only the corpora, every file once
 
-Each target starts from its corpus in tests/fuzz/corpus/NAME and from what the code itself writes. ``--keep`` adds some of what
-found new coverage to the corpus. A finding is left as ``crash-*`` in --findings, and the exit status is 1.
+Each target starts from its corpus in tests/fuzz/corpus/NAME and from what the code itself writes, and runs until it has had so many
+seconds *of a processor*. ``--keep`` merges what found new coverage into the corpus. A finding is left as ``crash-*`` in --findings, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ ROOT = HERE.parents[1]
 CORPUS = HERE / "corpus"
 PYTHON_TARGETS = ("frames", "handshake", "control", "manifests")
 C_TARGETS = ("pages", "framing")
-MOST_FILES, MOST_BYTES = 48, 1024
-"""What of a corpus is kept in the repository: few files, small ones."""
+MOST_INPUT = 8192
+MOST_FILES, MOST_BYTES = 200, 100_000
+"""What of a target's corpus is kept in the repository, the smallest inputs first."""
 FLAGS = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1", "-std=c11", "-pthread"]
 
 
@@ -63,7 +66,12 @@ def build(name: str, folder: Path) -> Path:
 def command_of(name: str, folder: Path) -> tuple[list[str], dict[str, str]]:
     environment = dict(os.environ)
     if name in PYTHON_TARGETS:
-        return [sys.executable, str(HERE / "targets.py"), name], environment
+        # One file that can be executed: a merge starts what it was started as.
+        script = folder / f"fuzz_{name}"
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "targets.py"}" {name} "$@"\n')
+        script.chmod(0o755)
+        environment["FUZZ_SELF"] = str(script)
+        return [str(script)], environment
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *(p for p in sys.path if "site-packages" in p)])
     environment["PYTHONMALLOC"] = "malloc"
     # Python leaves things of its own at exit; what an input leaves would show as growth (-rss_limit_mb).
@@ -84,71 +92,122 @@ def first_seeds(name: str) -> list[bytes]:
     return [bytes.fromhex(s) for s in json.loads(said.stdout.splitlines()[-1])]
 
 
-def run(name: str, seconds: int, findings: Path, *, replay: bool, keep: bool) -> dict[str, Any]:
+def run(name: str, seconds: int, findings: Path, *, hang_s: int, replay: bool, keep: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as made:
         work = Path(made)
         begin, found = work / "begin", work / "found"
         begin.mkdir(), found.mkdir()
-        kept = CORPUS / name
-        for data in [*first_seeds(name), *(f.read_bytes() for f in sorted(kept.glob("*")))]:
-            (begin / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+        seeds = first_seeds(name)
+        for data in [*seeds, *(f.read_bytes() for f in sorted((CORPUS / name).glob("*")))]:
+            (begin / _name(data)).write_bytes(data)
         command, environment = command_of(name, work)
-        limits = ["-runs=0"] if replay else [f"-max_total_time={seconds}"]
-        arguments = [
-            *limits,
-            "-print_final_stats=1",
-            "-timeout=20",
-            "-rss_limit_mb=4096",
-            "-max_len=8192",
-            f"-artifact_prefix={findings}/{name}-",
-        ]
-        done = subprocess.run(
-            [*command, *arguments, str(found), str(begin)], cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace"
-        )  # fmt: skip
-        text = done.stdout + done.stderr
-        runs = re.findall(r"^#(\d+)\s", text, re.M)
         row = {
             "target": name,
-            "seconds": 0 if replay else seconds,
-            "executions": max(map(int, runs), default=0),
-            "edges": max(map(int, re.findall(r"cov: (\d+)", text)), default=0),
-            "features": max(map(int, re.findall(r"ft: (\d+)", text)), default=0),
-            "new_inputs": len(list(found.iterdir())),
-            "finding": done.returncode != 0,
+            "seconds": 0,
+            "cpu_seconds": 0,
+            "executions": 0,
+            "edges": 0,
+            "edges_known": 0,
+            "features": 0,
         }
-        if done.returncode:
-            row["output"] = text[-6000:]
-        elif keep:
-            _keep(kept, found)
+        row |= {"new_inputs": 0, "finding": False}
+        log = findings / f"{name}.log"
+        log.unlink(missing_ok=True)
+        started, before = time.monotonic(), _cpu_s()
+        left = seconds
+        # In rounds: libFuzzer knows only time on the wall, and others may have had the processor.
+        while not row["finding"]:
+            limits = ["-runs=0"] if replay else [f"-max_total_time={left}"]
+            arguments = [
+                *limits,
+                "-print_final_stats=1",
+                f"-timeout={hang_s}",
+                "-rss_limit_mb=4096",
+                f"-max_len={MOST_INPUT}",
+                f"-artifact_prefix={findings}/{name}-",
+            ]
+            with log.open("ab") as out:
+                start = out.tell()
+                code = subprocess.run(
+                    [*command, *arguments, str(found), str(begin)], cwd=ROOT, env=environment, stdout=out, stderr=out
+                ).returncode  # fmt: skip
+            text = log.read_bytes()[start:].decode(errors="replace")
+            row["executions"] += max(map(int, re.findall(r"^#(\d+)\s", text, re.M)), default=0)
+            for key, pattern in (
+                ("edges", r"cov: (\d+)"),
+                ("features", r"ft: (\d+)"),
+                ("edges_known", r"\((\d+) inline"),
+            ):
+                row[key] = max(row[key], *map(int, re.findall(pattern, text)), 0)
+            row["seconds"], row["cpu_seconds"] = round(time.monotonic() - started), round(_cpu_s() - before)
+            row["new_inputs"] = len(list(found.iterdir()))
+            if code:
+                row["finding"], row["output"] = True, text[-6000:]
+            left = seconds - row["cpu_seconds"]
+            if replay or left <= seconds // 50:
+                break
+        if keep and not row["finding"]:
+            row["kept"] = _keep(name, command, environment, {_name(s) for s in seeds}, [found, begin], work / "merged")
         return row
 
 
-def _keep(kept: Path, found: Path) -> None:
-    """Of the inputs that reached something new, some of every size that is small enough."""
-    files = sorted((f for f in found.iterdir() if f.stat().st_size <= MOST_BYTES), key=lambda f: (f.stat().st_size, f.name))
-    step = max(1, len(files) // MOST_FILES)
-    kept.mkdir(parents=True, exist_ok=True)
-    for file in files[::step][:MOST_FILES]:
-        (kept / file.name[:16]).write_bytes(file.read_bytes())
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _name(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _keep(
+    name: str, command: list[str], environment: dict[str, str], seeds: set[str], folders: list[Path], merged: Path
+) -> dict[str, int]:
+    """Replaces the kept corpus by libFuzzer's merge of all inputs: a small set of small ones with the same coverage."""
+    merged.mkdir()
+    arguments = [
+        "-merge=1",
+        f"-max_len={MOST_INPUT}",
+        "-timeout=600",
+        "-rss_limit_mb=4096",
+        str(merged),
+        *map(str, folders),
+    ]
+    subprocess.run([*command, *arguments], cwd=ROOT, env=environment, check=True, capture_output=True)
+    kept = CORPUS / name
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    files = sorted(merged.iterdir(), key=lambda f: (f.stat().st_size, f.name))
+    count = total = 0
+    for data in (f.read_bytes() for f in files):
+        if _name(data) in seeds or total + len(data) > MOST_BYTES or count == MOST_FILES:
+            continue
+        (kept / _name(data)).write_bytes(data)
+        count, total = count + 1, total + len(data)
+    return {"merged": len(files), "files": count, "bytes": total}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=60, help="per target")
+    parser.add_argument("--seconds", type=int, default=60, help="of processor time, per target")
     parser.add_argument("--only", choices=[*PYTHON_TARGETS, *C_TARGETS], action="append")
     parser.add_argument("--replay", action="store_true", help="run the corpora once, and nothing else")
-    parser.add_argument("--keep", action="store_true", help="add to the corpora what was found")
+    parser.add_argument("--keep", action="store_true", help="merge into the corpora what was found")
+    parser.add_argument(
+        "--hang", type=int, default=20, help="seconds on the wall that are a hang; more where processes are stopped"
+    )
     parser.add_argument("--findings", type=Path, default=Path("."), help="folder for inputs that break something")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.findings.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in args.only or [*PYTHON_TARGETS, *C_TARGETS]:
-        row = run(name, args.seconds, args.findings.resolve(), replay=args.replay, keep=args.keep)
+        row = run(name, args.seconds, args.findings.resolve(), hang_s=args.hang, replay=args.replay, keep=args.keep)
         rows.append(row)
+        edges = f"{row['edges']:>6} edges" + (f" of {row['edges_known']}" if row["edges_known"] else "")
         what = "FINDING" if row["finding"] else "no finding"
         print(
-            f"{name:10} {row['executions']:>10} executions  {row['edges']:>6} edges  {row['features']:>6} features  {what}",
+            f"{name:10} {row['executions']:>10} executions in {row['cpu_seconds']} s  {edges}  {row['features']:>6} features  {what}",
             flush=True,
         )
         if row["finding"]:

@@ -7,6 +7,7 @@ invariant does not hold: any exception that is no KVError is a finding.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -149,7 +150,7 @@ def main() -> None:
     target = sys.argv[1] if len(sys.argv) > 1 else ""
     if target not in TARGETS:
         sys.exit(f"{__doc__}\ntargets: {', '.join(TARGETS)}")
-    atheris.Setup([sys.argv[0], *sys.argv[2:]], TARGETS[target])
+    atheris.Setup([os.environ.get("FUZZ_SELF", sys.argv[0]), *sys.argv[2:]], TARGETS[target])
     atheris.Fuzz()
 
 

@@ -101,7 +101,7 @@ def run(name: str, seconds: int, findings: Path, *, hang_s: int, replay: bool, k
         for data in [*seeds, *(f.read_bytes() for f in sorted((CORPUS / name).glob("*")))]:
             (begin / _name(data)).write_bytes(data)
         command, environment = command_of(name, work)
-        row = {
+        row: dict[str, Any] = {
             "target": name,
             "seconds": 0,
             "cpu_seconds": 0,

@@ -96,7 +96,8 @@ def run(name: str, seconds: int, findings: Path, *, hang_s: int, replay: bool, k
     with tempfile.TemporaryDirectory() as made:
         work = Path(made)
         begin, found = work / "begin", work / "found"
-        begin.mkdir(), found.mkdir()
+        begin.mkdir()
+        found.mkdir()
         seeds = first_seeds(name)
         for data in [*seeds, *(f.read_bytes() for f in sorted((CORPUS / name).glob("*")))]:
             (begin / _name(data)).write_bytes(data)

@@ -72,9 +72,8 @@ def measure(tensors: list[np.ndarray], codec: Codec) -> dict[str, float]:
             coded_bytes += pages.nbytes if coded is None else len(coded)
             encoding.append(pages.nbytes / best(encode, pages, codec))
             if coded is not None:
-                into = PageList.of(np.zeros(pages.nbytes, np.uint8))
-                decoding.append(pages.nbytes / best(decode, coded, into))
-                assert into.tobytes() == pages.tobytes()
+                decoding.append(pages.nbytes / best(decode, coded))
+                assert decode(coded) == pages.tobytes()
     rate, ratio = statistics.median(encoding), raw / coded_bytes
     return {
         "bytes": raw,

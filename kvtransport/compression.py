@@ -1,7 +1,7 @@
 """Lossless coding of cache bytes: the exponents of bfloat16 shrink, signs and mantissas do not and stay as they are.
 
 A coded payload is self-describing (docs/wire-format.md, "Coded payloads") and decodes to exactly the bytes that went in,
-or raises. Whether coding pays depends on the link: :mod:`kvtransport.flow.coding` decides.
+or raises: it has their checksum. Whether coding pays depends on the link: :mod:`kvtransport.flow.coding` decides.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from functools import cache
 import lz4.block
 
 from .buffers import PageList, join_planes, split_planes
-from .errors import ConfigError, ProtocolError
+from .errors import ConfigError, IntegrityError, ProtocolError
 
-HEADER: struct.Struct = struct.Struct("<BBHII")
-"""Codec, form, zero, raw bytes, bytes of the coded plane."""
+HEADER: struct.Struct = struct.Struct("<BBHIIQ")
+"""Codec, form, zero, raw bytes, bytes of the coded plane, xxh3_64 of the raw bytes."""
 BF16_PLANES = 1
 """The form: exponents coded, then signs with mantissas as they are."""
 MAX_RAW = 16 << 20
@@ -31,6 +31,11 @@ class Codec(IntEnum):
     LZ4 = 1
     ZSTD = 2
 
+    @property
+    def feature(self) -> str:
+        """Its name in a HELLO: who names it decodes it."""
+        return f"coded.{self.name.lower()}"
+
 
 def available() -> tuple[Codec, ...]:
     """The codecs of this process, :attr:`Codec.NONE` first; zstandard is an extra."""
@@ -39,6 +44,16 @@ def available() -> tuple[Codec, ...]:
     except ImportError:
         return Codec.NONE, Codec.LZ4
     return Codec.NONE, Codec.LZ4, Codec.ZSTD
+
+
+def choose_codecs(names: tuple[str, ...] = ()) -> tuple[Codec, ...]:
+    """The codecs by their names, or all that are there. Raises ConfigError for one that is not."""
+    there = {codec.name.lower(): codec for codec in available()[1:]}
+    for name in names:
+        if name not in there:
+            hint = ": pip install 'kvtransport[codecs]'" if name == "zstd" else ""
+            raise ConfigError(f"codec {name!r} is not there, only {', '.join(there)}{hint}")
+    return tuple(there[name] for name in names or there)
 
 
 def encode(pages: PageList, codec: Codec) -> bytes | None:
@@ -54,28 +69,40 @@ def encode(pages: PageList, codec: Codec) -> bytes | None:
     plane = _compress(codec, exponents)
     if HEADER.size + len(plane) + len(rest) >= nbytes:
         return None
-    return b"".join((HEADER.pack(codec, BF16_PLANES, 0, nbytes, len(plane)), plane, rest))
+    return b"".join((HEADER.pack(codec, BF16_PLANES, 0, nbytes, len(plane), pages.hash()), plane, rest))
 
 
-def decode(payload: bytes | memoryview, pages: PageList) -> None:
-    """Put what ``payload`` was coded from into ``pages``. Raises ProtocolError where it is not for exactly these bytes.
-
-    Nothing is written before the whole payload has been decoded, and no more memory is taken than ``pages`` has.
-    """
-    view = memoryview(payload)
-    if len(view) < HEADER.size:
-        raise ProtocolError(f"a coded payload has at least {HEADER.size} bytes, got {len(view)}")
-    number, form, zero, nbytes, plane_bytes = HEADER.unpack_from(view)
+def raw_bytes(payload: bytes | memoryview) -> int:
+    """How many bytes ``payload`` says it decodes to, 2 to :data:`MAX_RAW`. Raises ProtocolError where it says nonsense."""
+    if len(payload) < HEADER.size:
+        raise ProtocolError(f"a coded payload has at least {HEADER.size} bytes, got {len(payload)}")
+    number, form, zero, nbytes, plane_bytes, _ = HEADER.unpack_from(payload)
     if form != BF16_PLANES or zero or number not in (Codec.LZ4, Codec.ZSTD):
         raise ProtocolError(f"codec {number} in form {form} is not known here: expected codec 1 or 2 in form 1")
-    if nbytes != pages.nbytes or nbytes % 2:
-        raise ProtocolError(f"a coded payload for {nbytes} bytes came for a place of {pages.nbytes}")
-    if len(view) != HEADER.size + plane_bytes + nbytes // 2:
+    if not 2 <= nbytes <= MAX_RAW or nbytes % 2:
+        raise ProtocolError(f"a coded payload says it was {nbytes} bytes: expected an even number, 2 to {MAX_RAW}")
+    if len(payload) != HEADER.size + plane_bytes + nbytes // 2:
         raise ProtocolError(
-            f"a coded payload of {len(view)} bytes says it has {HEADER.size + plane_bytes + nbytes // 2}"
+            f"a coded payload of {len(payload)} bytes says it has {HEADER.size + plane_bytes + nbytes // 2}"
         )
+    return int(nbytes)
+
+
+def decode(payload: bytes | memoryview) -> bytearray:
+    """The bytes that ``payload`` was coded from, verified. Takes no more memory than a small multiple of :func:`raw_bytes`.
+
+    Raises ProtocolError where it is no coded payload, IntegrityError where what comes out is not what went in.
+    """
+    nbytes = raw_bytes(payload)
+    view = memoryview(payload)
+    number, _, _, _, plane_bytes, checksum = HEADER.unpack_from(view)
     exponents = _decompress(Codec(number), view[HEADER.size : HEADER.size + plane_bytes], nbytes // 2)
-    join_planes(pages.base, pages.pieces, exponents, view[HEADER.size + plane_bytes :])
+    raw = bytearray(nbytes)
+    join_planes(raw, None, exponents, view[HEADER.size + plane_bytes :])
+    got = PageList.of(raw).hash()
+    if got != checksum:
+        raise IntegrityError(f"{nbytes} decoded bytes have checksum {got:#018x}, expected {checksum:#018x}")
+    return raw
 
 
 def _compress(codec: Codec, plane: bytearray) -> bytes:

@@ -69,7 +69,7 @@ class Chunks(Protocol):
         """Where the payload of a DATA frame goes (scratch for what nobody wants)."""
 
     def data_done(self, connection: Connection, header: Header, verified: bool) -> None:
-        """The payload is in its place; not called for a voided claim."""
+        """The payload is in its place; not called for a voided claim. A coded one that verified goes to the owner instead."""
 
     def next_data(self, connection: Connection) -> OutFrame | None:
         """The next chunk for this connection, None when there is nothing to send."""
@@ -234,7 +234,7 @@ class Connection:
         self._head_at = 0
         self._header = header
         self._void = False
-        if header.type is FrameType.DATA:
+        if header.type is FrameType.DATA and not header.flags & Flag.CODED:
             if self.chunks is None:
                 self.owner.stray(self, header)
                 self._pages = PageList.scratch(header.length)
@@ -252,13 +252,17 @@ class Connection:
     def _finish(self, pages: PageList) -> None:
         header, self._header, self._pages, self._at = self._header, None, None, 0
         assert header is not None
-        if header.type is FrameType.DATA:
+        if header.type is FrameType.DATA and not header.flags & Flag.CODED:
             if not self._void:
                 verified = not self._hashing or self._hasher.intdigest() == header.checksum
                 if self.chunks is not None:
                     self.chunks.data_done(self, header, verified)
             return
         if self._hasher.intdigest() != header.checksum:
+            if header.type is FrameType.DATA:
+                if self.chunks is not None:
+                    self.chunks.data_done(self, header, False)
+                return
             raise ProtocolError(
                 f"{header.type.name} body from {self.stream.peer} failed its checksum; resetting the connection",
                 fault=Fault.NETWORK,
@@ -410,10 +414,18 @@ class Connection:
 
 
 def data_head(
-    transfer: bytes, layer: int, tensor: int, offset: int, attempt: int, pages: PageList, *, checksum: bool
+    transfer: bytes,
+    layer: int,
+    tensor: int,
+    offset: int,
+    attempt: int,
+    pages: PageList,
+    *,
+    checksum: bool,
+    coded: bool = False,
 ) -> bytes:
     """The sealed header of a DATA frame; with ``checksum`` this reads every byte of ``pages``."""
-    flags = (Flag.RESEND if attempt else 0) | (0 if checksum else Flag.NO_CHECKSUM)
+    flags = (Flag.RESEND if attempt else 0) | (0 if checksum else Flag.NO_CHECKSUM) | (Flag.CODED if coded else 0)
     head = pack_header(
         FrameType.DATA,
         transfer=transfer,

@@ -8,9 +8,10 @@ import random
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from .admission import Admission
+from .compression import choose_codecs
 from .connection import AnyConnection, Connection, Owner
 from .engine.base import Lanes
 from .engine.native import Engine
@@ -52,6 +53,8 @@ class EndpointConfig:
     on, or dial to, an address beyond loopback without that. A link without a connection is dialled again, or
     waited for, for ``reconnect_s``; its transfers stay as they are meanwhile (0: a lost link has ended).
     ``io_threads`` move the bytes of TCP connections (None: half the cores; 0: the event loop does, in Python).
+    ``coding``: lossless, of bfloat16 caches, chunk by chunk where it pays on the link now ("auto"), never ("off"), or whatever
+    shrinks ("always", for tests); both sides must want it. ``codecs`` names them, first choice first; empty: those that are there.
     """
 
     name: str = ""
@@ -71,6 +74,8 @@ class EndpointConfig:
     max_expected: int = 65_536
     chunk_bytes: int = 1 << 20
     io_threads: int | None = None
+    coding: Literal["auto", "off", "always"] = "off"
+    codecs: tuple[str, ...] = ()
     spill: SpillPolicy = field(default_factory=SpillPolicy)
     limits: Limits = DEFAULT_LIMITS
     tcp: TcpOptions = field(default_factory=TcpOptions)
@@ -102,6 +107,7 @@ class Endpoint:
         self.on_refused: Callable[[str, KVError], None] | None = None
         """Told of each (peer, why); whoever logs them bounds the lines."""
         self.admission = Admission(self.config, self._refuse)
+        self.codecs = () if self.config.coding == "off" else choose_codecs(self.config.codecs)
         self._is_real = network is None
         self._network: Network = network or self.admission.network()
         self._engine = Engine.make(self.config.io_threads) if self._is_real and self.admission.native else None
@@ -120,6 +126,10 @@ class Endpoint:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
+
+    def work(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
+        """Run ``function`` in a thread: what would hold up every connection."""
+        return self._loop.run_in_executor(None, function, *args)
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -463,7 +473,13 @@ class _Handshake:
     def say_hello(self, link: bytes, index: int, count: int, **proof: Any) -> None:
         config = self._endpoint.config
         frame = self.machine.hello_to_send(
-            link=link, index=index, count=count, name=config.name, keepalive_s=config.keepalive_s, **proof
+            link=link,
+            index=index,
+            count=count,
+            name=config.name,
+            features=tuple(codec.feature for codec in self._endpoint.codecs),
+            keepalive_s=config.keepalive_s,
+            **proof,
         )
         self.connection.send_control(frame)
         self.connection.flush()

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .coding import LinkCoding
 from .connection import AnyConnection
 from .errors import (
     DeadlineError,
@@ -113,6 +114,11 @@ class Link:
         self._finished: OrderedDict[bytes, bytes | None] = OrderedDict()
         self.lanes = endpoint.new_lanes()
         """What moves the chunks of its transfers."""
+        codecs = tuple(c for c in endpoint.codecs if c.feature in hello.features)
+        always = endpoint.config.coding == "always"
+        self._coding = LinkCoding(self, codecs, self._loop.time, always=always) if codecs else None
+        self.work = endpoint.work
+        """Runs a function that takes its time beside the event loop."""
         self._calls: dict[int, tuple[asyncio.Future[dict[str, Any]], AnyConnection | None]] = {}
         self._next_call = 0
         self._serving: set[asyncio.Task[None]] = set()
@@ -172,6 +178,7 @@ class Link:
             checksum=checksum,
             spill=config.spill,
             area=self._endpoint.spill_area,
+            coding=self._coding,
         )
         self._finished.pop(manifest.transfer, None)
         self._outgoing[manifest.transfer] = sender
@@ -385,6 +392,8 @@ class Link:
                 self.end(error)  # a farewell: it will not come back
             else:
                 connection.fail(error)
+        elif kind is FrameType.DATA:
+            self._on_coded(header, payload)
         elif (sender := self._outgoing.get(header.transfer)) is not None:
             sender.on_frame(header, payload)
         elif (receiver := self._incoming.get(header.transfer)) is not None:
@@ -401,6 +410,15 @@ class Link:
                 expected.on_frame(header, payload)
         else:
             raise ProtocolError(f"{kind.name} for transfer {header.transfer.hex()}, which was never opened")
+
+    def _on_coded(self, header: Header, payload: bytes) -> None:
+        if self._coding is None:
+            raise ProtocolError("a coded chunk came, and this side named no codec in its HELLO")
+        receiver = self._incoming.get(header.transfer)
+        if receiver is not None:
+            receiver.on_coded(header, payload)
+        elif header.transfer not in self._finished:
+            raise ProtocolError(f"data for transfer {header.transfer.hex()}, which was never accepted")
 
     # -- transfers -----------------------------------------------------------------------------
 

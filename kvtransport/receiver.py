@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .buffers import PageList
+from .compression import decode, raw_bytes
 from .connection import AnyConnection
-from .engine.base import Applied, Incoming, Odd
+from .engine.base import Applied, Incoming, Odd, Placed
 from .errors import (
     DeadlineError,
     DestinationError,
@@ -87,6 +88,8 @@ class Receiver:
         self._resent: dict[tuple[int, int, int], int] = {}
         self._asked: dict[tuple[int, int, int], int] = {}
         """Corrupt chunks that were asked for again: where they start, and their end."""
+        self._decoding: dict[tuple[int, int, int], int] = {}
+        """Coded chunks that are being decoded: where they start, and their bytes."""
         self._acks: list[tuple[int, int, int, int]] = []
         self._seal: bodies.Seal | None = None
         self._completed: list[int] = []
@@ -281,6 +284,45 @@ class Receiver:
                     f"data for bytes {header.offset}..{stop} of {what} goes beyond the credit of {granted} bytes: the sender must wait for CREDIT"
                 )
         self.fail(error)
+
+    def on_coded(self, header: Header, payload: bytes) -> None:
+        """A coded chunk whose payload verified: decoded beside the loop, verified again, then put into its place."""
+        if self._into is None or self._finished.done():
+            return
+        key = (header.layer, header.tensor, header.offset)
+        try:
+            nbytes = raw_bytes(payload)
+        except ProtocolError as error:
+            self.fail(error)
+            return
+        if key in self._decoding:
+            return  # a copy of what is here already
+        if sum(self._decoding.values()) + nbytes > max(self._wanted.window_bytes, nbytes):
+            self.fail(LimitError(f"the producer sent more coded bytes than its credit of {self._wanted.window_bytes}"))
+            return
+        self._decoding[key] = nbytes
+        decoding = asyncio.ensure_future(self._endpoint.work(decode, payload))
+        decoding.add_done_callback(lambda done: self._decoded(header, key, done))
+
+    def _decoded(self, header: Header, key: tuple[int, int, int], done: asyncio.Future[bytearray]) -> None:
+        del self._decoding[key]
+        if self._into is None or self._finished.done() or done.cancelled():
+            return
+        error = done.exception()
+        if isinstance(error, IntegrityError):
+            self.on_corrupt(header)
+        elif isinstance(error, KVError):
+            self.fail(error)
+        elif error is not None:
+            raise error
+        else:
+            raw = done.result()
+            placed = self._into.place(header, raw)
+            if isinstance(placed, Odd):
+                self.on_odd(placed, header._replace(length=len(raw)))
+            elif placed is Placed.DONE:
+                self._stats.coded_raw_bytes += len(raw)
+                self._stats.coded_bytes += header.length
 
     def on_corrupt(self, header: Header) -> None:
         """See :class:`kvtransport.engine.base.IncomingOwner`."""

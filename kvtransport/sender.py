@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .buffers import PageList, copy_pages
+from .coding import CodingStage, LinkCoding
 from .connection import AnyConnection
 from .errors import (
     DeadlineError,
@@ -43,12 +44,16 @@ class Unit:
 
     __slots__ = (
         "_released",
+        "coding",
         "event",
         "layer",
+        "left",
         "pages",
+        "raw",
         "since",
         "spilled",
         "spilling",
+        "staged",
         "start",
         "stop",
         "tensor",
@@ -66,6 +71,10 @@ class Unit:
         self.event = event
         self.spilled: Spilled | None = None
         self.spilling: asyncio.Task[None] | None = None
+        self.coding: asyncio.Task[None] | None = None
+        self.left = 0
+        self.raw: list[tuple[int, int]] = []
+        self.staged = False
         self._released: asyncio.Future[None] | None = None
 
     # -- kvtransport.transfer.Handover ---------------------------------------------------------
@@ -103,6 +112,7 @@ class Sender:
         checksum: bool,
         spill: SpillPolicy,
         area: SpillArea,
+        coding: LinkCoding | None = None,
     ) -> None:
         self._link = link
         self._loop = asyncio.get_running_loop()
@@ -139,9 +149,13 @@ class Sender:
         self._sealing = False
         self._last: bytes | None = None
         self._copies: set[asyncio.Task[None]] = set()
+        """Tasks that read the caller's memory: spilling, coding."""
         self._acked_bytes = 0
         self._acked_s = self._loop.time()
         """When that last changed."""
+        self._stage: CodingStage | None = None
+        if coding is not None and checksum:
+            self._stage = CodingStage(coding, self._out, self._became, link.work, self._copies)
         self._send_open()
 
     # -- OutgoingTransfer ----------------------------------------------------------------------
@@ -154,6 +168,8 @@ class Sender:
     def stats(self) -> TransferStats:
         out, stats = self._out.stats(), self._stats
         stats.chunks, stats.moved_bytes, stats.resent_bytes = out.chunks, out.moved_bytes, out.resent_bytes
+        if self._stage is not None:
+            stats.coded_raw_bytes, stats.coded_bytes = self._stage.raw_bytes, self._stage.coded_bytes
         stats.credit_stall_s = out.stalled_s + out.stalled_now_s
         return stats
 
@@ -251,7 +267,16 @@ class Sender:
 
     def _add(self, unit: Unit) -> None:
         unit.event = None
-        self._units[self._out.add(unit.layer, unit.tensor, unit.start, unit.pages)] = unit
+        if self._stage is not None:
+            self._stage.add(unit)
+        else:
+            unit.raw.append((unit.start, unit.stop))
+            self._became(self._out.add(unit.layer, unit.tensor, unit.start, unit.pages), unit)
+
+    def _became(self, key: int, unit: Unit) -> None:
+        """A span of ``unit`` is the engine's."""
+        unit.left += 1
+        self._units[key] = unit
 
     def _poll_events(self) -> None:
         # Device copies finish in the order they were started: wait for the first one.
@@ -280,6 +305,8 @@ class Sender:
                 self._chunk_bytes = min(self._chunk_bytes, body.chunk_bytes)
                 if not self._machine.terminal:
                     self._out.accept(self._chunk_bytes, body.credit)
+                    if self._stage is not None and not self._accepted.done():
+                        self._stage.accept(self._chunk_bytes, body.credit, self._manifest.total_bytes)
                 if not self._accepted.done():
                     self._accepted.set_result(None)
             case bodies.Resume(ranges=ranges):
@@ -339,7 +366,11 @@ class Sender:
         for key in keys:
             unit = self._units.pop(key, None)
             if unit is not None:
-                self._forget(unit)
+                unit.left -= 1
+                if unit.left == 0:
+                    self._forget(unit)
+        if self._stage is not None:
+            self._stage.acked(keys)
 
     # -- spilling ------------------------------------------------------------------------------
 
@@ -365,7 +396,7 @@ class Sender:
             if not self._policy.wants(waited_s=waited_s, stalled_s=stalled_s, still_s=still_s):
                 break  # in order of age
             # What is on its way needs no credit, but an acknowledgement: a consumer that stands still gives neither.
-            sent = self._out.uncut(unit.layer, unit.tensor, unit.start) == 0
+            sent = not unit.staged and self._out.uncut(unit.layer, unit.tensor, unit.start) == 0
             if sent and not self._policy.wants(waited_s=waited_s, stalled_s=0.0, still_s=still_s):
                 continue
             spilled = self._area.take(unit.pages.nbytes)
@@ -418,14 +449,17 @@ class Sender:
         source, target = unit.pages, spilled.pages
         # In a thread: copying tens of megabytes would hold up every connection.
         await self._loop.run_in_executor(None, copy_pages, target.base, target.pieces, source.base, source.pieces)
-        unit.spilling = None
-        if id(unit) not in self._live:
+        if id(unit) in self._live:
+            unit.spilled = spilled
+            unit.pages = target
+            for start, stop in unit.raw:
+                self._out.swap(unit.layer, unit.tensor, start, target.slice(start - unit.start, stop - unit.start))
+            self._stats.spilled_bytes += target.nbytes
+        else:
             self._area.give_back(spilled)
-            return
-        unit.spilled = spilled
-        unit.pages = target
-        self._out.swap(unit.layer, unit.tensor, unit.start, target)
-        self._stats.spilled_bytes += target.nbytes
+        if unit.coding is not None:  # it reads the old place; the next one will not
+            await asyncio.wait({unit.coding})
+        unit.spilling = None
         unit.release(self._loop)
 
     # -- ending --------------------------------------------------------------------------------
@@ -434,13 +468,17 @@ class Sender:
         self._live.pop(id(unit), None)
         self._held.pop(id(unit), None)
         if unit.spilled is not None:
-            self._area.give_back(unit.spilled)
-            unit.spilled = None
-        if unit.spilling is None:
+            spilled, unit.spilled = unit.spilled, None
+            if unit.coding is None:
+                self._area.give_back(spilled)
+            else:
+                unit.coding.add_done_callback(lambda _: self._area.give_back(spilled))
+        reading = unit.spilling or unit.coding
+        if reading is None:
             unit.release(self._loop)
         else:
-            # The copy still reads the source: it is the caller's again when the copy is done.
-            unit.spilling.add_done_callback(lambda _: unit.release(self._loop))
+            # The source is still read: it is the caller's again when that is done (spilling waits for coding).
+            reading.add_done_callback(lambda _: unit.release(self._loop))
 
     def _sealed(self) -> None:
         self._stats.sealed_s = self._loop.time()
@@ -475,6 +513,8 @@ class Sender:
         if self._poller is not None:
             self._poller.cancel()
         self._pending.clear()
+        if self._stage is not None:
+            self._stage.close()
         self._link.forget_sender(self, self._last if self._machine.terminal and self._error is not None else None)
         # A half-sent frame of this transfer must not read its source again.
         self._out.close()
@@ -483,7 +523,7 @@ class Sender:
             self._forget(unit)
 
     async def _settle(self) -> None:
-        """Wait for spill copies in progress: they read the caller's memory."""
+        """Wait for what still reads the caller's memory."""
         if self._copies:
             await asyncio.wait(self._copies)
 

@@ -40,6 +40,10 @@ class TransferStats:
     resent_bytes: int = 0
     duplicate_bytes: int = 0
     spilled_bytes: int = 0
+    coded_raw_bytes: int = 0
+    """Of the moved bytes those that travelled coded,"""
+    coded_bytes: int = 0
+    """and what they were on the wire."""
     corrupt_chunks: int = 0
     checksums_verified: int = 0
     credit_stall_s: float = 0.0

@@ -41,11 +41,12 @@
 #define KV_MAX_PENDING ((size_t)1 << 16)     /* applied ranges Python has not taken yet: more pauses reading */
 #define KV_MAX_RANGES ((size_t)4096)         /* separate ranges per extent, as in wire/ranges.py */
 #define KV_MIN_CHUNK ((size_t)512 << 10)     /* flow/chunking.py */
+#define KV_MAX_CODED ((size_t)16 << 20)     /* bytes of a coded chunk: a DATA payload */
 #define KV_MAX_OFFSET (((uint64_t)1 << 63) - 1)
 
 enum { KV_HELLO = 1, KV_OPEN, KV_ACCEPT, KV_DATA, KV_ACK, KV_CREDIT, KV_SEAL, KV_CANCEL, KV_RESUME, KV_ERROR, KV_PING,
        KV_CALL, KV_REPLY };
-enum { KV_NO_CHECKSUM = 1, KV_FINAL = 2, KV_RESEND = 4, KV_URGENT = 8, KV_REPLY_FLAG = 16 };
+enum { KV_NO_CHECKSUM = 1, KV_FINAL = 2, KV_RESEND = 4, KV_URGENT = 8, KV_REPLY_FLAG = 16, KV_CODED = 32 };
 
 /* ---- stream.c: the bytes below the frames ---- */
 
@@ -137,6 +138,7 @@ typedef struct kv_span {
     struct kv_outgoing *out;
     struct kv_out_slot *slot;
     kv_map *map;
+    bool coded; /* the map holds the payload that these bytes became: one chunk, never cut */
     uint64_t key, start, stop, cut, acked; /* cut, acked: sent up to here at least once; bytes acknowledged */
     kv_chunk *chunks, first;
     size_t count, capacity;
@@ -207,6 +209,8 @@ typedef struct kv_incoming {
     struct kv_incoming *next;
     struct kv_incoming *next_ready; /* has `pending` for Python */
     bool ready, closed, allow_unchecked, eager; /* eager: Python wants to hear of every range at once */
+    kv_in_slot *placing;            /* Python writes bytes of it that it has decoded and verified: */
+    uint64_t placing_start, placing_stop;
     unsigned char transfer[16];
     int64_t tag;
     kv_in_slot *slots;
@@ -381,7 +385,8 @@ void kv_write_some(kv_conn *conn, size_t budget);
 
 /* sending.c, under the mutex unless it is said otherwise */
 kv_out_slot *kv_out_slot_find(const kv_outgoing *out, unsigned layer, unsigned tensor);
-kv_span *kv_outgoing_add(kv_outgoing *out, kv_out_slot *slot, uint64_t start, kv_map *map); /* NULL: no memory */
+/* Bytes [start, stop) of the slot: the map's, or (`coded`) what the map decodes to. NULL: no memory. */
+kv_span *kv_outgoing_add(kv_outgoing *out, kv_out_slot *slot, uint64_t start, uint64_t stop, kv_map *map, bool coded);
 bool kv_take_chunk(kv_conn *conn);      /* puts the next chunk of the group into `out` */
 void kv_update_turn(kv_outgoing *out);  /* something changed: has it a chunk to send? Kicks connections if so */
 /* Bytes [start, stop) were acknowledged. What is whole is dropped; Python hears of it. -1: no memory. */
@@ -401,6 +406,13 @@ kv_incoming *kv_incoming_find(const kv_group *group, const unsigned char *transf
 kv_in_slot *kv_in_slot_find(const kv_incoming *in, unsigned layer, unsigned tensor);
 void kv_incoming_close(kv_incoming *in); /* voids all claims; nothing is written any more; unlinks */
 void kv_flush_acks(kv_conn *conn);
+enum { KV_PLACE_LOST, KV_PLACE_DONE, KV_PLACE_THERE, KV_PLACE_ODD }; /* + KV_ODD_... */
+/*
+ * Decoded, verified bytes [start, start + nbytes) into their place, under the rules of claims; `credit` is what the sender may
+ * be told now, 0: nothing new. Lets go of the mutex to copy: nobody may close `in` meanwhile.
+ */
+int kv_incoming_place(kv_incoming *in, kv_in_slot *slot, uint64_t start, const unsigned char *bytes, size_t nbytes,
+                      uint64_t attempt, uint64_t *credit);
 
 static inline size_t kv_bucket(const unsigned char *transfer) {
     return (transfer[0] ^ transfer[7] ^ transfer[15]) & (KV_BUCKETS - 1);

@@ -749,28 +749,41 @@ static kv_out_slot *slot_of(kv_outgoing *out, unsigned layer, unsigned tensor) {
     return slot;
 }
 
-static PyObject *outgoing_add(PyObject *self, PyObject *args) {
-    unsigned short layer, tensor;
-    unsigned long long start;
-    PyObject *base, *pieces;
-    if (!PyArg_ParseTuple(args, "HHKOO:add", &layer, &tensor, &start, &base, &pieces)) return NULL;
-    kv_outgoing *out = ((Outgoing *)self)->out;
+static PyObject *add_span(kv_outgoing *out, unsigned layer, unsigned tensor, uint64_t start, uint64_t nbytes, PyObject *base,
+                          PyObject *pieces) {
     kv_out_slot *slot = slot_of(out, layer, tensor);
     if (!slot) return NULL;
     kv_map *map = kv_map_get(base, pieces, false);
     if (!map) return NULL;
-    if (!map->nbytes || out->closed) {
+    bool coded = nbytes > 0, fits = !coded || (out->checksum && nbytes <= out->chunk_bytes && map->nbytes <= KV_MAX_CODED);
+    if (!map->nbytes || !fits || out->closed) {
         kv_map_free(map);
-        PyErr_SetString(PyExc_ValueError, "nothing to add, or the transfer is closed");
+        PyErr_SetString(PyExc_ValueError, "nothing to add, more than a chunk, or the transfer is closed");
         return NULL;
     }
     kv_lock(out->group->engine);
-    kv_span *span = kv_outgoing_add(out, slot, start, map);
+    kv_span *span = kv_outgoing_add(out, slot, start, start + (coded ? nbytes : map->nbytes), map, coded);
     uint64_t key = span ? span->key : 0;
     kv_unlock(out->group->engine);
     if (span) return PyLong_FromUnsignedLongLong(key);
     kv_map_free(map);
     return PyErr_NoMemory();
+}
+
+static PyObject *outgoing_add(PyObject *self, PyObject *args) {
+    unsigned short layer, tensor;
+    unsigned long long start;
+    PyObject *base, *pieces;
+    if (!PyArg_ParseTuple(args, "HHKOO:add", &layer, &tensor, &start, &base, &pieces)) return NULL;
+    return add_span(((Outgoing *)self)->out, layer, tensor, start, 0, base, pieces);
+}
+
+static PyObject *outgoing_add_coded(PyObject *self, PyObject *args) {
+    unsigned short layer, tensor;
+    unsigned long long start, nbytes;
+    PyObject *payload;
+    if (!PyArg_ParseTuple(args, "HHKKO:add_coded", &layer, &tensor, &start, &nbytes, &payload)) return NULL;
+    return add_span(((Outgoing *)self)->out, layer, tensor, start, nbytes ? nbytes : UINT64_MAX, payload, Py_None);
 }
 
 static int range_arguments(PyObject *self, PyObject *args, kv_out_slot **slot, uint64_t *start, uint64_t *stop) {
@@ -903,6 +916,8 @@ static PyMethodDef outgoing_methods[] = {
      "accept($self, chunk_bytes, credit, /)\n--\n\nChunks may be cut from now on; credit is absolute."},
     {"add", outgoing_add, METH_VARARGS,
      "add($self, layer, tensor, start, base, pieces, /)\n--\n\nBytes that are ready; returns the key of the span."},
+    {"add_coded", outgoing_add_coded, METH_VARARGS,
+     "add_coded($self, layer, tensor, start, nbytes, payload, /)\n--\n\nAs add, of bytes that became `payload`: one chunk."},
     {"ack", outgoing_ack, METH_VARARGS, "ack($self, layer, tensor, start, stop, /)\n--\n\nThese bytes were acknowledged."},
     {"resend", outgoing_resend, METH_VARARGS,
      "resend($self, layer, tensor, start, stop, /)\n--\n\nSend chunks in this range again; returns their bytes."},
@@ -986,6 +1001,25 @@ static PyObject *incoming_stats(PyObject *self, PyObject *unused) {
     return Py_BuildValue("(KKKKK)", chunks, verified, duplicates, applied, granted);
 }
 
+static PyObject *incoming_place(PyObject *self, PyObject *args) {
+    unsigned short layer, tensor;
+    unsigned long long start, attempt;
+    Py_buffer data;
+    if (!PyArg_ParseTuple(args, "HHKy*K:place", &layer, &tensor, &start, &data, &attempt)) return NULL;
+    kv_incoming *in = ((Incoming *)self)->in;
+    kv_in_slot *slot = kv_in_slot_find(in, layer, tensor);
+    uint64_t nbytes = (uint64_t)data.len, credit = 0;
+    int code = KV_PLACE_ODD + KV_ODD_SLOT;
+    if (slot && (start > slot->nbytes || nbytes > slot->nbytes - start)) code = KV_PLACE_ODD + KV_ODD_BOUNDS;
+    else if (slot) { /* with the GIL: it is what keeps others from closing */
+        kv_lock(in->group->engine);
+        code = kv_incoming_place(in, slot, start, data.buf, (size_t)nbytes, attempt, &credit);
+        kv_unlock(in->group->engine);
+    }
+    PyBuffer_Release(&data);
+    return Py_BuildValue("(iK)", code, (unsigned long long)credit);
+}
+
 static PyObject *incoming_close(PyObject *self, PyObject *unused) {
     (void)unused;
     close_incoming(((Incoming *)self)->in);
@@ -997,6 +1031,9 @@ static PyMethodDef incoming_methods[] = {
      "applied($self)\n--\n\nRanges in place: [(layer, tensor, start, stop)]."},
     {"stats", incoming_stats, METH_NOARGS,
      "stats($self)\n--\n\n(chunks, chunks verified, duplicate bytes, bytes applied, bytes granted)"},
+    {"place", incoming_place, METH_VARARGS,
+     "place($self, layer, tensor, start, data, attempt, /)\n--\n\nDecoded, verified bytes to their place: (what became of it, "
+     "credit to tell or 0)."},
     {"close", incoming_close, METH_NOARGS,
      "close($self)\n--\n\nEnd; when this returns nothing is written to the granted memory any more. Idempotent."},
     {NULL, NULL, 0, NULL},

@@ -55,11 +55,11 @@ bool kv_header_unpack(const unsigned char *packed, kv_header *header, const uint
     memcpy(&header->checksum, packed + 48, 8);
 
     unsigned allowed = KV_URGENT;
-    if (header->type == KV_DATA) allowed |= KV_NO_CHECKSUM | KV_RESEND;
+    if (header->type == KV_DATA) allowed |= KV_NO_CHECKSUM | KV_RESEND | KV_CODED;
     if (header->type == KV_ACK) allowed |= KV_FINAL;
     if (header->type == KV_PING) allowed |= KV_REPLY_FLAG;
     if (header->flags & ~allowed) return false;
-    if ((header->flags & KV_NO_CHECKSUM) && header->checksum) return false;
+    if ((header->flags & KV_NO_CHECKSUM) && (header->checksum || header->flags & KV_CODED)) return false;
 
     bool none = all_zeros(header->transfer);
     bool must_be_none = header->type == KV_HELLO || header->type == KV_PING;

@@ -37,21 +37,21 @@ static void void_claim(kv_conn *conn) {
 }
 
 /*
- * Whether `conn`'s header may have its destination; voids the claims of earlier attempts. 1: yes, 0: no,
+ * Whether a new copy of [start, stop) may have its destination; voids the claims of earlier attempts. 1: yes, 0: no,
  * -1: waited, so that everything must be looked at again.
  */
-static int win(kv_conn *conn, kv_incoming *in, kv_in_slot *slot) {
-    uint64_t start = conn->header.offset, stop = start + conn->header.length;
+static int win(kv_incoming *in, kv_in_slot *slot, uint64_t start, uint64_t stop, uint64_t attempt) {
+    if (in->placing == slot && in->placing_start < stop && start < in->placing_stop) return 0; /* as good as there */
     kv_conn *rivals = NULL; /* a list through `rival` */
-    for (kv_conn *other = conn->group->conns; other; other = other->next_of_group) {
+    for (kv_conn *other = in->group->conns; other; other = other->next_of_group) {
         uint64_t low = other->header.offset, high = low + other->header.length;
         if (other->claim != in || other->claim_slot != slot || low >= stop || start >= high) continue;
-        if (other->header.sequence >= conn->header.sequence) return 0;
+        if (other->header.sequence >= attempt) return 0;
         other->rival = rivals;
         rivals = other;
     }
     for (kv_conn *other = rivals; other; other = other->rival) void_claim(other);
-    return rivals && kv_settle(conn->group, true) ? -1 : 1;
+    return rivals && kv_settle(in->group, true) ? -1 : 1;
 }
 
 /* Bytes that connections are receiving into their places. Claims are disjoint, and so are they and what is applied. */
@@ -147,14 +147,19 @@ static void ack(kv_conn *conn, const kv_header *header) {
 }
 
 /* As flow/credit.py: worth a frame when it moved by a quarter of the window, or to its end. */
-static void give_credit(kv_conn *conn, kv_incoming *in, uint64_t nbytes) {
+static uint64_t credit_after(kv_incoming *in, uint64_t nbytes) {
     in->applied_bytes += nbytes;
     uint64_t limit = in->applied_bytes + in->window;
     if (limit > in->total) limit = in->total;
-    if (limit <= in->granted) return;
+    if (limit <= in->granted) return 0;
     uint64_t step = in->window / 4 ? in->window / 4 : 1;
-    if (limit - in->granted < step && limit != in->total) return;
-    in->granted = limit;
+    if (limit - in->granted < step && limit != in->total) return 0;
+    return in->granted = limit;
+}
+
+static void give_credit(kv_conn *conn, kv_incoming *in, uint64_t nbytes) {
+    uint64_t limit = credit_after(in, nbytes);
+    if (!limit) return;
     size_t frame_bytes = 0;
     unsigned char *frame = kv_credit_frame(in->transfer, limit, &frame_bytes);
     queue_frame(conn, frame, frame_bytes);
@@ -179,6 +184,13 @@ static bool note_applied(kv_incoming *in, kv_in_slot *slot, uint64_t start, uint
     }
     in->pending[in->pending_count++] = (kv_applied){slot, start, stop};
     return true;
+}
+
+static void have_pending(kv_incoming *in) {
+    if (in->ready) return;
+    in->ready = true;
+    in->next_ready = in->group->engine->ready_in;
+    in->group->engine->ready_in = in;
 }
 
 /* ---- frames ---- */
@@ -208,11 +220,11 @@ static void begin_data(kv_conn *conn) {
         }
         kv_in_slot *slot = kv_in_slot_find(in, header->layer, header->tensor);
         int odd = -1;
-        uint64_t covered = 0;
+        uint64_t covered = 0, stop = header->offset + header->length;
         if (!slot) odd = KV_ODD_SLOT;
-        else if (header->offset + header->length > slot->nbytes) odd = KV_ODD_BOUNDS;
+        else if (stop > slot->nbytes) odd = KV_ODD_BOUNDS;
         else if (header->flags & KV_NO_CHECKSUM && !in->allow_unchecked) odd = KV_ODD_UNCHECKED;
-        else covered = kv_ranges_covered(&slot->applied, header->offset, header->offset + header->length);
+        else covered = kv_ranges_covered(&slot->applied, header->offset, stop);
         /* Writing a part would put unverified bytes over verified ones. */
         if (odd < 0 && covered && covered < header->length) odd = KV_ODD_OVERLAP;
         if (odd >= 0) {
@@ -220,7 +232,7 @@ static void begin_data(kv_conn *conn) {
             return;
         }
         if (!slot->first_ns) slot->first_ns = kv_now_ns();
-        int won = covered ? 0 : win(conn, in, slot);
+        int won = covered ? 0 : win(in, slot, header->offset, stop, header->sequence);
         if (won < 0) {
             if (conn->closed || conn->lost) return;
             continue;
@@ -250,7 +262,12 @@ static void control_done(kv_conn *conn) {
     const kv_header *header = &conn->header;
     if (kv_engine_xxh3->one_shot(event->data, event->nbytes, header->check) != header->checksum) {
         free(event);
-        bad(conn, 1, conn->frame_head, KV_HEADER_BYTES);
+        if (header->type != KV_DATA) {
+            bad(conn, 1, conn->frame_head, KV_HEADER_BYTES);
+            return;
+        }
+        kv_incoming *in = conn->group ? kv_incoming_find(conn->group, header->transfer) : NULL;
+        if (in) say(conn, KV_EV_CORRUPT, 0, in->tag);
         return;
     }
     bool flow = header->type == KV_ACK || header->type == KV_CREDIT;
@@ -269,7 +286,7 @@ static void begin(kv_conn *conn) {
         bad(conn, 0, conn->in_head, KV_HEADER_BYTES);
         return;
     }
-    if (conn->header.type == KV_DATA) {
+    if (conn->header.type == KV_DATA && !(conn->header.flags & KV_CODED)) {
         begin_data(conn);
         return;
     }
@@ -306,11 +323,7 @@ static void data_done(kv_conn *conn, uint64_t digest) {
         if (conn->hashing) in->verified++;
         ack(conn, header);
         give_credit(conn, in, header->length);
-        if (!in->ready) {
-            in->ready = true;
-            in->next_ready = conn->engine->ready_in;
-            conn->engine->ready_in = in;
-        }
+        have_pending(in);
         bool whole = slot->applied.count == 1 && slot->applied.items[0][0] == 0 && slot->applied.items[0][1] == slot->nbytes;
         if (whole || in->eager) kv_signal(conn->engine);
         if (in->pending_count > KV_MAX_PENDING) {
@@ -323,6 +336,49 @@ static void data_done(kv_conn *conn, uint64_t digest) {
         slot = in ? kv_in_slot_find(in, header->layer, header->tensor) : NULL;
         if (slot && kv_ranges_covered(&slot->applied, start, stop) == stop - start) ack(conn, header);
     }
+}
+
+int kv_incoming_place(kv_incoming *in, kv_in_slot *slot, uint64_t start, const unsigned char *bytes, size_t nbytes,
+                      uint64_t attempt, uint64_t *credit) {
+    kv_engine *engine = in->group->engine;
+    uint64_t stop = start + nbytes;
+    int won = -1;
+    while (won < 0) { /* again after every wait */
+        if (in->closed) return KV_PLACE_LOST;
+        uint64_t covered = kv_ranges_covered(&slot->applied, start, stop);
+        if (covered && covered < nbytes) return KV_PLACE_ODD + KV_ODD_OVERLAP;
+        if (covered) {
+            in->duplicate_bytes += nbytes;
+            return KV_PLACE_THERE;
+        }
+        won = win(in, slot, start, stop, attempt);
+    }
+    if (!won) {
+        in->duplicate_bytes += nbytes;
+        return KV_PLACE_LOST;
+    }
+    if (!slot->first_ns) slot->first_ns = kv_now_ns();
+    in->placing = slot;
+    in->placing_start = start, in->placing_stop = stop;
+    kv_unlock(engine);
+    for (uint64_t at = start; at < stop;) {
+        struct iovec items[IOVS];
+        size_t taken = 0, n = kv_map_iovs(slot->map, at, stop, items, IOVS, &taken);
+        for (size_t i = 0; i < n; i++) {
+            memcpy(items[i].iov_base, bytes, items[i].iov_len);
+            bytes += items[i].iov_len;
+        }
+        at += taken;
+    }
+    kv_lock(engine);
+    in->placing = NULL;
+    if (kv_ranges_add(&slot->applied, start, stop) < 0 || !note_applied(in, slot, start, stop))
+        return KV_PLACE_ODD + KV_ODD_RANGES;
+    in->chunks++, in->verified++;
+    *credit = credit_after(in, nbytes);
+    have_pending(in);
+    kv_signal(engine);
+    return KV_PLACE_DONE;
 }
 
 /* ---- bytes ---- */

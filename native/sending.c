@@ -11,14 +11,16 @@
 
 static uint64_t next_cut(const kv_outgoing *out, const kv_span *span) {
     uint64_t left = span->stop - span->cut; /* flow/chunking.py: no runts */
-    if (left <= out->chunk_bytes) return left;
+    if (span->coded || left <= out->chunk_bytes) return left;
     return left < out->chunk_bytes + out->chunk_bytes / 2 ? (left + 1) / 2 : out->chunk_bytes;
 }
 
 /* Bytes the next cut may have: all, part of at least KV_MIN_CHUNK, or 0. With nothing on its way any part will do. */
-static uint64_t credit_for(const kv_outgoing *out, uint64_t wanted) {
+static uint64_t credit_for(const kv_outgoing *out, const kv_span *span) {
+    uint64_t wanted = next_cut(out, span);
     uint64_t left = out->credit > out->used ? out->credit - out->used : 0;
     uint64_t n = wanted < left ? wanted : left, least = out->inflight ? KV_MIN_CHUNK : 1;
+    if (span->coded) least = wanted; /* all or nothing */
     return n < (wanted < least ? wanted : least) ? 0 : n;
 }
 
@@ -72,7 +74,7 @@ static void leave_level(kv_outgoing *out) {
 
 void kv_update_turn(kv_outgoing *out) {
     bool cuttable = out->accepted && out->head, has_credit = false;
-    if (cuttable) has_credit = credit_for(out, next_cut(out, out->head)) > 0;
+    if (cuttable) has_credit = credit_for(out, out->head) > 0;
     if (cuttable && !has_credit) {
         if (!out->stalled_since) out->stalled_since = kv_now_ns();
     } else if (out->stalled_since) {
@@ -137,14 +139,15 @@ static void slot_remove(kv_out_slot *slot, kv_span *span) {
     if (--slot->count == 0) slot->begin = 0;
 }
 
-kv_span *kv_outgoing_add(kv_outgoing *out, kv_out_slot *slot, uint64_t start, kv_map *map) {
+kv_span *kv_outgoing_add(kv_outgoing *out, kv_out_slot *slot, uint64_t start, uint64_t stop, kv_map *map, bool coded) {
     kv_span *span = calloc(1, sizeof *span);
     if (!span) return NULL;
     span->out = out;
     span->slot = slot;
     span->map = map;
     span->start = span->cut = start;
-    span->stop = start + map->nbytes;
+    span->stop = stop;
+    span->coded = coded;
     span->chunks = &span->first;
     span->capacity = 1;
     if (slot_insert(slot, span) < 0) {
@@ -244,7 +247,7 @@ static kv_chunk *span_new_chunk(kv_span *span) {
 static bool cut(kv_outgoing *out, kv_span **span_out, size_t *index) {
     kv_span *span = out->head;
     if (!out->accepted || !span) return false;
-    uint64_t n = credit_for(out, next_cut(out, span));
+    uint64_t n = credit_for(out, span);
     if (!n) return false;
     kv_chunk *chunk = span_new_chunk(span);
     if (!chunk) return false;
@@ -289,10 +292,11 @@ bool kv_take_chunk(kv_conn *conn) {
         chunk->state = KV_CHUNK_SENT;
         chunk->serial = conn->serial;
         if (chunk->attempt) out->resent_bytes += chunk->stop - chunk->start;
+        uint64_t nbytes = span->coded ? span->map->nbytes : chunk->stop - chunk->start;
         kv_header header = {.type = KV_DATA, .layer = span->slot->layer, .tensor = span->slot->tensor,
-                            .length = (uint32_t)(chunk->stop - chunk->start), .offset = chunk->start,
-                            .sequence = chunk->attempt};
-        header.flags = (uint16_t)((chunk->attempt ? KV_RESEND : 0) | (out->checksum ? 0 : KV_NO_CHECKSUM));
+                            .length = (uint32_t)nbytes, .offset = chunk->start, .sequence = chunk->attempt};
+        header.flags = (uint16_t)((chunk->attempt ? KV_RESEND : 0) | (out->checksum ? 0 : KV_NO_CHECKSUM) |
+                                  (span->coded ? KV_CODED : 0));
         memcpy(header.transfer, out->transfer, 16);
         kv_header_pack(conn->head, &header);
         conn->out = KV_OUT_DATA;
@@ -302,7 +306,7 @@ bool kv_take_chunk(kv_conn *conn) {
         conn->voided = false;
         conn->span = span;
         conn->out_start = chunk->start - span->start;
-        conn->out_bytes = chunk->stop - chunk->start;
+        conn->out_bytes = nbytes;
         conn->out_at = 0;
         kv_update_turn(out);
         return true;

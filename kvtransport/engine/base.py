@@ -60,6 +60,16 @@ class Odd(IntEnum):
     CREDIT = 5
 
 
+class Placed(IntEnum):
+    """What became of decoded bytes."""
+
+    LOST = 0
+    """Another copy of them is on its way into place, or the transfer has ended."""
+    DONE = 1
+    THERE = 2
+    """They had been applied before."""
+
+
 class OutgoingOwner(Protocol):
     def on_acked(self, acked: Sequence[tuple[int, int, int]], keys: Sequence[int]) -> None:
         """Newly acknowledged bytes per (layer, tensor), and the spans of which all is acknowledged: they are dropped."""
@@ -76,10 +86,10 @@ class IncomingOwner(Protocol):
         """A frame that breaks a rule; it was drained."""
 
     def acknowledge(self, ranges: Sequence[tuple[int, int, int, int]]) -> None:
-        """Say that these are applied (twin only: the native engine says so itself)."""
+        """Say that these are applied (coded chunks, and the twin's: the native engine says so of others itself)."""
 
     def give_credit(self, limit: int) -> None:
-        """Say that credit has moved (twin only)."""
+        """Say that credit has moved (as above)."""
 
 
 class Outgoing(Protocol):
@@ -96,6 +106,9 @@ class Outgoing(Protocol):
 
     def add(self, layer: int, tensor: int, start: int, pages: PageList) -> int:
         """Bytes that are ready; returns the key of the span."""
+
+    def add_coded(self, layer: int, tensor: int, start: int, nbytes: int, payload: bytes) -> int:
+        """As :meth:`add`, of ``nbytes`` that became ``payload``: one chunk, at most of the size that was accepted."""
 
     def uncut(self, layer: int, tensor: int, start: int) -> int:
         """Bytes never sent of the span that starts there; 0 when there is none."""
@@ -127,6 +140,10 @@ class Incoming(Protocol):
     def applied(self) -> list[tuple[int, int, int, int]]: ...
 
     def contains(self, layer: int, tensor: int, start: int, stop: int) -> bool: ...
+
+    def place(self, header: Header, raw: bytearray) -> Placed | Odd:
+        """Decoded and verified bytes, which came under ``header``, into their place, if they still may. Applied, they
+        are told as all are; acknowledging them and credit are done by this, over the owner."""
 
     def connection_lost(self, connection: AnyConnection) -> None:
         """Its claim is void."""

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..buffers import PageList
+from ..buffers import PageList, copy_pages
 from ..connection import Connection
 from ..errors import LimitError
 from ..flow.credit import ReceiverCredit
 from ..wire.frames import Flag, Header
 from ..wire.ranges import RangeSet
-from .base import IncomingOwner, IncomingStats, Odd, Slot
+from .base import IncomingOwner, IncomingStats, Odd, Placed, Slot
 
 if TYPE_CHECKING:
     from ..connection import AnyConnection
@@ -116,6 +116,33 @@ class PythonIncoming:
         self._claims[connection] = _Claim(*slot, start, stop, header.sequence)
         return pages.slice(start, stop)
 
+    def place(self, header: Header, raw: bytearray) -> Placed | Odd:
+        slot, start, stop = (header.layer, header.tensor), header.offset, header.offset + len(raw)
+        if self._closed:
+            return Placed.LOST
+        pages, nbytes = self._granted.get(slot, (None, 0))
+        if pages is None:
+            return Odd.SLOT
+        if stop > nbytes:
+            return Odd.BOUNDS
+        missing = self._ranges[slot].missing(start, stop)
+        if missing and missing != [(start, stop)]:
+            return Odd.OVERLAP
+        if not missing or not self._win(slot, start, stop, header.sequence):
+            self._duplicates += len(raw)
+            if missing:
+                return Placed.LOST
+            self._owner.acknowledge([(*slot, start, stop)])
+            return Placed.THERE
+        self._first.setdefault(slot, self._loop.time())
+        into = pages.slice(start, stop)
+        copy_pages(into.base, into.pieces, raw, None)
+        try:
+            self._apply(slot, start, stop, checked=True)
+        except LimitError:
+            return Odd.RANGES
+        return Placed.DONE
+
     def _win(self, slot: Slot, start: int, stop: int, attempt: int) -> bool:
         """Whether a new copy may have the destination; voids the claims of earlier attempts if so."""
         rivals = [
@@ -131,6 +158,10 @@ class PythonIncoming:
         return True
 
     def data_done(self, connection: Connection, header: Header, verified: bool) -> None:
+        if header.flags & Flag.CODED:  # it did not verify
+            if not self._closed:
+                self._owner.on_corrupt(header)
+            return
         claim = self._claims.pop(connection, None)
         if self._closed:
             return
@@ -144,14 +175,16 @@ class PythonIncoming:
             self._owner.on_corrupt(header)
             return
         try:
-            new = self._ranges[slot].add(start, stop)
+            self._apply(slot, start, stop, checked=not header.flags & Flag.NO_CHECKSUM)
         except LimitError:
             self._owner.on_odd(Odd.RANGES, header)
-            return
+
+    def _apply(self, slot: Slot, start: int, stop: int, *, checked: bool) -> None:
+        """Verified bytes are in their place. Raises LimitError for too many separate ranges."""
+        new = self._ranges[slot].add(start, stop)
         self._chunks += 1
         self._applied += new
-        if not header.flags & Flag.NO_CHECKSUM:
-            self._verified += 1
+        self._verified += checked
         self._owner.acknowledge([(*slot, start, stop)])
         limit = self._credit.applied(new)
         if limit is not None:

@@ -22,8 +22,8 @@ from ..io import tcp_info
 from ..io.tcp import LAST_WORD_S, TCP_INFO, TcpStream
 from ..io.tls import TlsStream, alert_error, native_records
 from ..wire import bodies
-from ..wire.frames import HEADER_BYTES, MAGIC, FrameType, Limits, encode_control, unpack_header
-from .base import IncomingOwner, IncomingStats, Odd, OutgoingOwner, OutgoingStats, Slot
+from ..wire.frames import HEADER_BYTES, MAGIC, FrameType, Header, Limits, encode_control, unpack_header
+from .base import IncomingOwner, IncomingStats, Odd, OutgoingOwner, OutgoingStats, Placed, Slot
 
 if TYPE_CHECKING:
     from .. import _native
@@ -393,6 +393,9 @@ class NativeOutgoing:
     def add(self, layer: int, tensor: int, start: int, pages: PageList) -> int:
         return self._native.add(layer, tensor, start, pages.base, pages.pieces)
 
+    def add_coded(self, layer: int, tensor: int, start: int, nbytes: int, payload: bytes) -> int:
+        return self._native.add_coded(layer, tensor, start, nbytes, payload)
+
     def swap(self, layer: int, tensor: int, start: int, pages: PageList) -> bool:
         return self._native.swap(layer, tensor, start, pages.base, pages.pieces)
 
@@ -437,6 +440,16 @@ class NativeIncoming:
         return any(
             (layer, tensor) == (at, of) and low <= start and stop <= high for at, of, low, high in self.applied()
         )
+
+    def place(self, header: Header, raw: bytearray) -> Placed | Odd:
+        code, credit = self._native.place(header.layer, header.tensor, header.offset, raw, header.sequence)
+        if code > Placed.THERE:
+            return Odd(code - Placed.THERE - 1)
+        if code != Placed.LOST:
+            self._owner.acknowledge([(header.layer, header.tensor, header.offset, header.offset + len(raw))])
+        if credit:
+            self._owner.give_credit(credit)
+        return Placed(code)
 
     def connection_lost(self, connection: AnyConnection) -> None:
         """Its claim went with it."""

@@ -32,10 +32,12 @@ class Span:
     pages: PageList
     cut: int
     unacked: int
+    coded: bool = False
+    """``pages`` is what the bytes became: one chunk."""
     chunks: list[Chunk] = field(default_factory=list)
 
     def source(self, start: int, stop: int) -> PageList:
-        if start == self.start and stop == self.stop:
+        if self.coded or (start == self.start and stop == self.stop):
             return self.pages
         return self.pages.slice(start - self.start, stop - self.start)
 
@@ -100,9 +102,15 @@ class PythonOutgoing:
             self._lanes.has_work(self)
 
     def add(self, layer: int, tensor: int, start: int, pages: PageList) -> int:
+        return self._add(layer, tensor, start, pages.nbytes, pages, coded=False)
+
+    def add_coded(self, layer: int, tensor: int, start: int, nbytes: int, payload: bytes) -> int:
+        return self._add(layer, tensor, start, nbytes, PageList.of(payload), coded=True)
+
+    def _add(self, layer: int, tensor: int, start: int, nbytes: int, pages: PageList, *, coded: bool) -> int:
         key = self._next_key
         self._next_key += 1
-        span = Span(key, layer, tensor, start, start + pages.nbytes, pages, start, pages.nbytes)
+        span = Span(key, layer, tensor, start, start + nbytes, pages, start, nbytes, coded)
         insort(self._spans[layer, tensor], span, key=_start)
         self._queue.append(span)
         self._lanes.has_work(self)
@@ -191,7 +199,14 @@ class PythonOutgoing:
         span = chunk.span
         pages = span.source(chunk.start, chunk.stop)
         head = data_head(
-            self.transfer, span.layer, span.tensor, chunk.start, chunk.attempt, pages, checksum=self._checksum
+            self.transfer,
+            span.layer,
+            span.tensor,
+            chunk.start,
+            chunk.attempt,
+            pages,
+            checksum=self._checksum,
+            coded=span.coded,
         )
         if chunk.attempt:
             self._resent += chunk.stop - chunk.start
@@ -211,9 +226,10 @@ class PythonOutgoing:
         if not self._queue:
             return None
         span = self._queue[0]
-        wanted = next_cut(span.cut, span.stop, self._chunk_bytes)
+        wanted = span.stop - span.cut if span.coded else next_cut(span.cut, span.stop, self._chunk_bytes)
         # Rather wait for acknowledgements than send a runt; with nothing on its way there is none to wait for.
-        n = self._credit.take(wanted, MIN_CHUNK if self._inflight else 1)
+        least = wanted if span.coded else MIN_CHUNK if self._inflight else 1
+        n = self._credit.take(wanted, least)
         if n == 0:
             if self._stalled_since is None:
                 self._stalled_since = self._loop.time()

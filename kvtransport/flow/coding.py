@@ -23,17 +23,20 @@ class CodingChoice:
 
     Coding runs beside sending, so a coded chunk takes the longer of coding it and sending what is left of it: it pays
     where the codec is faster than the link and the bytes become fewer. What is not known is tried once, and again now
-    and then: data changes.
+    and then: data changes. ``speeds``, bytes per second by codec, are shared by the choices for other data of the same link:
+    what is too slow for the link is not even tried.
     """
 
-    def __init__(self, codecs: tuple[int, ...]) -> None:
+    def __init__(self, codecs: tuple[int, ...], speeds: dict[int, float] | None = None) -> None:
         self._codecs = codecs
+        self._speeds = {} if speeds is None else speeds
         self._seen: dict[int, _Seen] = {}
         self._chunks = 0
 
     def observe(self, codec: int, raw: int, coded: int, seconds: float) -> None:
         """``raw`` bytes became ``coded`` (as many where coding gave up) in ``seconds`` of one processor."""
         rate, ratio = raw / max(seconds, 1e-9), raw / coded
+        self._speeds[codec] = rate + (1 - WEIGHT) * (self._speeds.get(codec, rate) - rate)
         seen = self._seen.get(codec)
         if seen is None:
             self._seen[codec] = _Seen(rate, ratio)
@@ -50,11 +53,13 @@ class CodingChoice:
         for codec in self._codecs:
             seen = self._seen.get(codec)
             if seen is None:
+                if self._speeds.get(codec, best_rate) < best_rate:
+                    continue
                 return codec
             rate = self.goodput(codec, link_bytes_per_s)
             if rate > best_rate:
                 best, best_rate = codec, rate
-        if best is None and self._chunks % PROBE_EVERY == 0 and self._codecs:
+        if best is None and self._seen and self._chunks % PROBE_EVERY == 0 and self._codecs:
             return self._codecs[self._chunks // PROBE_EVERY % len(self._codecs)]
         return best
 

@@ -63,10 +63,12 @@ class Flag:
     """Reserved: not set by this version, ignored on receipt."""
     REPLY: Final = 1 << 4
     """PING: the answer to a PING, with its echo token."""
+    CODED: Final = 1 << 5
+    """DATA: the payload is coded (:mod:`kvtransport.compression`); only to a peer that named the codec's feature."""
 
 
 _FLAGS: Final[dict[FrameType, int]] = dict.fromkeys(FrameType, Flag.URGENT) | {
-    FrameType.DATA: Flag.URGENT | Flag.NO_CHECKSUM | Flag.RESEND,
+    FrameType.DATA: Flag.URGENT | Flag.NO_CHECKSUM | Flag.RESEND | Flag.CODED,
     FrameType.ACK: Flag.URGENT | Flag.FINAL,
     FrameType.PING: Flag.URGENT | Flag.REPLY,
 }
@@ -93,6 +95,7 @@ _TYPES: Final[dict[int, FrameType]] = {int(t): t for t in FrameType}
 _DATA: Final = FrameType.DATA
 _CREDIT: Final = FrameType.CREDIT
 _NO_CHECKSUM: Final = Flag.NO_CHECKSUM
+_CODED: Final = Flag.CODED
 
 _BODIES: Final[dict[FrameType, Any]] = {
     FrameType.HELLO: bodies.Hello,
@@ -243,7 +246,11 @@ def unpack_header(buf: bytes | bytearray | memoryview, limits: Limits = DEFAULT_
     kind = _TYPES.get(number)
     if kind is None:
         raise VersionError(f"expected a frame type of 1..{len(_TYPES)} (protocol version {VERSION}), got {number}")
-    if flags & ~_FLAGS[kind] or (flags & _NO_CHECKSUM and checksum) or (transfer == NO_TRANSFER) is _REFUSE_ZEROS[kind]:
+    if (
+        flags & ~_FLAGS[kind]
+        or (flags & _NO_CHECKSUM and (checksum or flags & _CODED))
+        or (transfer == NO_TRANSFER) is _REFUSE_ZEROS[kind]
+    ):
         raise _broken_rule(kind, flags, transfer, checksum)
     if length > limits.by_type[number]:
         raise LimitError(f"a {kind.name} payload is at most {limits.by_type[number]} bytes, got {length}")
@@ -375,6 +382,8 @@ def _broken_rule(kind: FrameType, flags: int, transfer: bytes, checksum: int) ->
     extra = flags & ~_FLAGS[kind]
     if extra:
         return ProtocolError(f"{kind.name} allows flags {_FLAGS[kind]:#06x}, got {extra:#06x} beyond them")
+    if flags & _NO_CHECKSUM and flags & _CODED:
+        return ProtocolError(f"{kind.name} has both NO_CHECKSUM and CODED: a coded payload has a checksum")
     if flags & _NO_CHECKSUM and checksum:
         return ProtocolError(f"{kind.name} has flag NO_CHECKSUM and a checksum ({checksum:#018x}); expected 0")
     if transfer == NO_TRANSFER:

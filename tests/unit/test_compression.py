@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from kvtransport import _native, _pure
 from kvtransport.buffers import PageList
-from kvtransport.compression import HEADER, Codec, available, decode, encode
-from kvtransport.errors import ProtocolError
+from kvtransport.compression import HEADER, MAX_RAW, Codec, available, choose_codecs, decode, encode, raw_bytes
+from kvtransport.errors import ConfigError, IntegrityError, ProtocolError
 from kvtransport.flow.coding import MARGIN, CodingChoice
 
 CODECS = [Codec.LZ4, Codec.ZSTD]
@@ -42,9 +42,8 @@ def test_what_went_in_comes_out(codec, page):
     coded = encode(scattered(data, page), codec)
     assert coded is not None
     assert len(coded) < len(data) / 1.1
-    into = scattered(np.zeros_like(data), page, 1)
-    decode(coded, into)
-    assert into.tobytes() == data.tobytes()
+    assert raw_bytes(coded) == len(data)
+    assert decode(coded) == data.tobytes()
 
 
 @given(st.binary(min_size=2, max_size=400).filter(lambda b: len(b) % 2 == 0), st.integers(1, 9), st.booleans())
@@ -80,8 +79,8 @@ def test_what_does_not_shrink_is_left_alone():
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_damage_is_an_error_or_other_bytes_but_never_outside(codec):
-    """The chunk's checksum is what notices other bytes; here nothing may crash, hang or write elsewhere."""
+def test_damage_is_an_error(codec):
+    """Also where the codec does not notice: the checksum of what went in does."""
     data = bf16(3000)
     coded = encode(PageList.of(data), codec)
     rng = random.Random(1)
@@ -89,30 +88,28 @@ def test_damage_is_an_error_or_other_bytes_but_never_outside(codec):
         bad = bytearray(coded)
         for _ in range(rng.randrange(1, 4)):
             bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
-        memory = np.full(len(data) + 200, 0xAA, np.uint8)
-        try:
-            decode(bytes(bad), PageList.of(memory[100:-100]))
-        except ProtocolError:
-            assert (memory == 0xAA).all()
-        assert (memory[:100] == 0xAA).all()
-        assert (memory[-100:] == 0xAA).all()
+        if bad != coded:
+            with pytest.raises((ProtocolError, IntegrityError)):
+                decode(bytes(bad))
 
 
 @pytest.mark.parametrize(
     ("payload", "says"),
     [
-        (b"", "at least 12 bytes"),
-        (HEADER.pack(3, 1, 0, 4, 0) + b"xx", "is not known here"),
-        (HEADER.pack(1, 2, 0, 4, 0) + b"xx", "is not known here"),
-        (HEADER.pack(1, 1, 0, 6, 0) + b"xxx", "came for a place of 4"),
-        (HEADER.pack(1, 1, 0, 4, 2**32 - 1) + b"xx", "says it has"),
-        (HEADER.pack(1, 1, 0, 4, 3) + b"\xff\xff\xff" + b"xx", "cannot be decoded|has .* bytes"),
-        (HEADER.pack(2, 1, 0, 4, 3) + b"\xff\xff\xff" + b"xx", "cannot be decoded"),
+        (b"", "at least 20 bytes"),
+        (HEADER.pack(3, 1, 0, 4, 0, 0) + b"xx", "is not known here"),
+        (HEADER.pack(1, 2, 0, 4, 0, 0) + b"xx", "is not known here"),
+        (HEADER.pack(1, 1, 0, 5, 0, 0) + b"xx", "expected an even number"),
+        (HEADER.pack(1, 1, 0, 0, 0, 0), "expected an even number"),
+        (HEADER.pack(1, 1, 0, MAX_RAW + 2, 0, 0) + bytes(MAX_RAW // 2 + 1), "expected an even number"),
+        (HEADER.pack(1, 1, 0, 4, 2**32 - 1, 0) + b"xx", "says it has"),
+        (HEADER.pack(1, 1, 0, 4, 3, 0) + b"\xff\xff\xff" + b"xx", "cannot be decoded|has .* bytes"),
+        (HEADER.pack(2, 1, 0, 4, 3, 0) + b"\xff\xff\xff" + b"xx", "cannot be decoded"),
     ],
 )
 def test_payloads_that_are_none(payload, says):
     with pytest.raises(ProtocolError, match=says):
-        decode(payload, PageList.of(bytearray(4)))
+        decode(payload)
 
 
 def test_a_bomb_does_not_go_off():
@@ -120,12 +117,16 @@ def test_a_bomb_does_not_go_off():
     zstandard = pytest.importorskip("zstandard")
     bomb = zstandard.ZstdCompressor(level=1).compress(bytes(64 << 20))
     with pytest.raises(ProtocolError):
-        decode(HEADER.pack(2, 1, 0, 4, len(bomb)) + bomb + b"xx", PageList.of(bytearray(4)))
-    assert struct.calcsize("<BBHII") == HEADER.size
+        decode(HEADER.pack(2, 1, 0, 4, len(bomb), 0) + bomb + b"xx")
+    assert struct.calcsize("<BBHIIQ") == HEADER.size
 
 
 def test_codecs_of_this_process():
     assert available() == (Codec.NONE, Codec.LZ4, Codec.ZSTD)
+    assert choose_codecs() == (Codec.LZ4, Codec.ZSTD)
+    assert choose_codecs(("zstd",)) == (Codec.ZSTD,)
+    with pytest.raises(ConfigError, match="codec 'snappy' is not there"):
+        choose_codecs(("snappy",))
 
 
 # -- the choice ----------------------------------------------------------------------------------------
@@ -173,3 +174,12 @@ def test_data_that_stops_shrinking_is_no_longer_coded_and_looked_at_again():
     for _ in range(20):
         choice.observe(1, 150, 100, 1e-9)
     assert choice.choose(GBPS) == 1
+
+
+def test_a_codec_that_is_too_slow_for_the_link_is_not_tried_again_for_other_data():
+    speeds: dict[int, float] = {}
+    first, second = CodingChoice((1,), speeds), CodingChoice((1,), speeds)
+    assert first.choose(40 * GBPS) == 1
+    first.observe(1, 1 << 20, 800_000, (1 << 20) / 1e9)
+    assert set(chosen(second, 40 * GBPS)) == {None}
+    assert second.choose(1 * GBPS) == 1

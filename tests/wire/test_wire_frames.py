@@ -178,7 +178,7 @@ def test_checks_come_in_the_documented_order():
 @pytest.mark.parametrize("kind", list(FrameType))
 def test_flags_that_a_type_does_not_have_are_refused(kind):
     allowed = {
-        FrameType.DATA: Flag.NO_CHECKSUM | Flag.RESEND,
+        FrameType.DATA: Flag.NO_CHECKSUM | Flag.RESEND | Flag.CODED,
         FrameType.ACK: Flag.FINAL,
         FrameType.PING: Flag.REPLY,
     }.get(kind, 0) | Flag.URGENT
@@ -381,3 +381,9 @@ def test_the_reader_never_holds_more_than_one_frame():
             reader.feed(raw[at : at + 37])
             assert reader.buffered < len(raw)
     assert reader.buffered == 0
+
+
+def test_a_coded_payload_always_has_a_checksum():
+    raw = pack_header(FrameType.DATA, transfer=T, flags=Flag.CODED | Flag.NO_CHECKSUM, length=1)
+    with pytest.raises(ProtocolError, match="both NO_CHECKSUM and CODED"):
+        unpack_header(raw)

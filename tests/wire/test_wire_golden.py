@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from pathlib import Path
 
 import msgpack
 import pytest
 import xxhash
 
+from kvtransport.compression import decode
 from kvtransport.errors import RefusedError
 from kvtransport.wire.bodies import (
     Accept,
@@ -46,6 +48,14 @@ GOLDEN = Path(__file__).with_name("golden.json")
 TRANSFER = bytes(range(16))
 MANIFEST = b"a manifest, opaque to the wire"
 DIALER, ACCEPTOR, LINK = b"D" * 16, b"A" * 16, b"L" * 16
+
+RAW = bytes(range(0x30, 0x50))
+ELEMENTS = [(x << 1 | x >> 15) & 0xFFFF for (x,) in struct.iter_unpack("<H", RAW)]
+"""Turned left by one bit."""
+CODED = struct.pack("<BBHIIQ", 1, 1, 0, len(RAW), 18, xxhash.xxh3_64_intdigest(RAW)) + (
+    b"\xf0\x01" + bytes(e >> 8 for e in ELEMENTS) + bytes(e & 0xFF for e in ELEMENTS)
+)
+"""By hand: an lz4 block of 16 literals, then the lower bytes."""
 
 
 def vectors() -> dict[str, bytes]:
@@ -89,6 +99,7 @@ def vectors() -> dict[str, bytes]:
         "data": chunk(data),
         "data_takeover": chunk(data, sequence=3, flags=Flag.RESEND),
         "data_no_checksum": chunk(data, flags=Flag.NO_CHECKSUM),
+        "data_coded": chunk(CODED, flags=Flag.CODED),
         "ack": control(FrameType.ACK, Ack(ranges=ranges)),
         "ack_final": control(FrameType.ACK, Ack(ranges=()), flags=Flag.FINAL),
         "credit": control(FrameType.CREDIT, offset=2**33 + 5),
@@ -181,6 +192,11 @@ def test_sender_order_of_packing():
     sealed = seal_header(packed, payload_checksum(raw[64:], data_seed(packed)))
     assert sealed == raw[:64]
     assert data_seed(sealed) == data_seed(packed) == unpack_header(sealed).check
+
+
+def test_the_coded_payload_is_what_the_package_decodes():
+    raw = bytes.fromhex(load()["data_coded"]["hex"])
+    assert decode(raw[64:]) == RAW
 
 
 if __name__ == "__main__":

@@ -147,7 +147,9 @@ class PoolClient:
         checkpoints: Iterable[int] = (),
         request: bytes | None = None,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        priority: int = 0,
     ) -> Sender:
+        """As of :class:`kvpool.protocol.PoolProtocol`; chunks of a higher ``priority`` go first on this link."""
         points = sorted({*checkpoints})
         args = self._about(
             ns, chain, boundary=boundary, start=start, checkpoints=points, request=request, deadline_s=deadline_s
@@ -161,7 +163,7 @@ class PoolClient:
             checkpoints=points,
             block_tokens=ns.block_tokens,
         )
-        return self.link.open(manifest, deadline_s=deadline_s)
+        return self.link.open(manifest, deadline_s=deadline_s, priority=priority)
 
     async def get(
         self,

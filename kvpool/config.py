@@ -12,6 +12,7 @@ from kvtransport.errors import ConfigError
 from kvtransport.identity import TokenStore
 from kvtransport.tls import TlsConfig
 
+from .cluster.replicas import ReplicaPolicy
 from .eviction import DEFAULT_POLICY, POLICIES
 from .security import TlsSettings
 
@@ -84,6 +85,18 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """HOST:PORT under which others reach this node; default where it listens."""
     ttl_s: float = 3.0
     """Seconds after which the cluster takes this node for gone when it is silent."""
+    replicas: int = 1
+    """Copies of every block and state in the cluster; the nodes make them in the background."""
+    replicas_by_model: dict[str, int] = {}
+    """The same for layouts by their model's name, or "TENANT/MODEL"."""
+    hot_replicas: int = 3
+    """Copies that what is read most gets at most."""
+    hot_hits: float = 60.0
+    """Reads (those of a minute ago count half) for which a segment gets another copy."""
+    rebalance: bool = True
+    """Copy to a node that joins what belongs there by placement; false where clients write with placement="local"."""
+    copy_gbps: float = 1.0
+    """Bandwidth of this node's copies to others (replication, repair, joins), 1e9 bits a second."""
 
     directory: str = "."
     """Where relative paths start; by default where the settings' file is."""
@@ -97,6 +110,15 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def token_store(self) -> TokenStore | None:
         """Raises ConfigError."""
         return TokenStore(Path(self.directory) / self.tokens) if self.tokens else None
+
+    @property
+    def replica_policy(self) -> ReplicaPolicy:
+        return ReplicaPolicy(
+            factor=self.replicas,
+            by_model=self.replicas_by_model,
+            most=self.hot_replicas,
+            hits_per_copy=self.hot_hits,
+        )
 
     @property
     def memory_bytes(self) -> int:
@@ -132,9 +154,25 @@ def load(path: Path | None, overrides: dict[str, object]) -> DaemonConfig:
         raise ConfigError(f"{path or 'settings'}: {error}; known keys: {known}") from error
     if not 0 <= config.port <= 65_535:
         raise ConfigError(f"port {config.port} is not in 0..65535")
-    for name in ("grace_s", "keepalive_s", "dead_after_s", "window_bytes", "page_bytes", "ttl_s"):
+    for name in (
+        "grace_s",
+        "keepalive_s",
+        "dead_after_s",
+        "window_bytes",
+        "page_bytes",
+        "ttl_s",
+        "copy_gbps",
+        "hot_hits",
+    ):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} must be above 0, got {getattr(config, name)}")
+    for key, count in {
+        "replicas": config.replicas,
+        "hot_replicas": config.hot_replicas,
+        **config.replicas_by_model,
+    }.items():
+        if not 1 <= count <= 16:
+            raise ConfigError(f"{key}: copies are 1 to 16, got {count}")
     if config.policy not in POLICIES:
         raise ConfigError(f"there is no eviction policy {config.policy!r}: choose one of {', '.join(POLICIES)}")
     if config.memory_bytes <= 0:

@@ -134,8 +134,18 @@ async def run(config: DaemonConfig) -> bool:
     endpoint = Endpoint(endpoint_config)
     server = PoolServer(endpoint, core, window_bytes=config.window_bytes, explain_tenants=config.explain_tenants)
     agent = NodeAgent(
-        endpoint, core, node=config.node, cluster=config.cluster, capacity=config.memory_bytes, clock=time.monotonic
+        endpoint,
+        core,
+        node=config.node,
+        cluster=config.cluster,
+        capacity=config.memory_bytes,
+        clock=time.monotonic,
+        replicas=config.replica_policy,
+        rebalance=config.rebalance,
+        copy_bytes_per_s=config.copy_gbps * 1e9 / 8,
+        load=lambda: server.sending_bytes,
     )
+    server.on_read = agent.read
     served: MetricsServer | None = None
     lent: LocalServer | None = None
     if config.local_socket:

@@ -27,7 +27,7 @@ from .core import PoolCore
 from .errors import MissError
 from .flat import FlatGet, FlatPut
 from .get import Get
-from .keys import Namespace
+from .keys import KeyChain, Namespace
 from .local import Located, pack_places
 from .messages import INLINE_BYTES, Args, bits_to_wire, chain_from_wire, match_to_wire
 from .metrics import Metrics
@@ -76,6 +76,10 @@ class PoolServer:
         self._loop = asyncio.get_running_loop()
         self.metrics: Metrics | None = None
         """Told of calls and transfers when set."""
+        self.on_read: Callable[[Namespace, KeyChain, int], None] | None = None
+        """Told of (namespace, chain, boundary) of every get when set."""
+        self.sending_bytes = 0
+        """Of gets in progress."""
         self.only_tenant: str | None = None
         """Whom alone it serves, when set: one whose clients may map the memory."""
         verbs: dict[str, Verb] = {
@@ -410,6 +414,8 @@ class PoolServer:
                     raise
             await self._waiting.for_request(session.tenant, request, max(0.001, deadline - self.core.clock()))
         self._send(session, get, transfer, deadline - self.core.clock())
+        if self.on_read is not None and chain is not None:
+            self.on_read(ns, chain, args.integer("boundary"))
         return {}
 
     async def _get_objects(self, session: Session, args: Args) -> dict[str, Any]:
@@ -479,6 +485,8 @@ class PoolServer:
         sealed: asyncio.Future[None] = self._loop.create_future()
         since = time.perf_counter()  # uvloop's clock counts milliseconds
         get.on_failed = sender.fail
+        nbytes = sum(pages.nbytes for pages in get.sources.values())
+        self.sending_bytes += nbytes
 
         def hand_over(layer: int, tensor: int, start: int, stop: int) -> None:
             if sender.error is None and stop > start:
@@ -507,6 +515,7 @@ class PoolServer:
             pass  # the consumer knows: it was told, or it is what went away
         finally:
             await sender.cancel("the pool stopped sending")
+            self.sending_bytes -= nbytes
             self._moved("get", since, sender.error)
             for name in ("moved_bytes", "resent_bytes"):
                 self._wire[f"sent_{name}"] += getattr(sender.stats, name)

@@ -12,11 +12,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from kvpool.arena import PageArena
 from kvpool.cluster.agent import NodeAgent
 from kvpool.cluster.directory import Directory
-from kvpool.cluster.tasks import end
 from kvpool.core import PoolCore
 from kvpool.keys import KeyChain, Namespace
 from kvpool.server import PoolServer
@@ -111,7 +111,10 @@ def running(*arguments: str, sentinel: str | None = None) -> Iterator[Server]:
 class Node:
     """One kvpoold's insides."""
 
-    def __init__(self, name: str, *, cluster: str = "a", pages: int = 4096, page_bytes: int = 1024) -> None:
+    def __init__(
+        self, name: str, *, cluster: str = "a", pages: int = 4096, page_bytes: int = 1024, **options: Any
+    ) -> None:
+        self.options = options
         self.name, self.cluster = name, cluster
         self.pages, self.page_bytes = pages, page_bytes
 
@@ -128,7 +131,10 @@ class Node:
             cluster=self.cluster,
             capacity=self.arena.total_bytes,
             clock=time.monotonic,
+            load=lambda: self.server.sending_bytes,
+            **self.options,
         )
+        self.server.on_read = self.agent.read
         host, self.port = await self.endpoint.listen("127.0.0.1", port)
         self.address = f"{host}:{self.port}"
         if directory is not None:
@@ -146,7 +152,7 @@ class Node:
         if leave:
             await self.agent.leave()
         else:
-            await end(self.agent._tasks)
+            await self.agent.stop()
         await self.server.close()
         await self.endpoint.close()
         self.arena.close()

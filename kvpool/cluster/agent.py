@@ -13,18 +13,21 @@ import msgspec
 
 from kvpool.core import PoolCore
 from kvpool.errors import DirectoryError
+from kvpool.keys import KeyChain, Namespace
 from kvpool.messages import Args
 from kvtransport.endpoint import Endpoint, EndpointConfig
 from kvtransport.errors import ConfigError, HandshakeError, KVError, ProtocolError
 from kvtransport.io.base import Network
 from kvtransport.link import Link
 
-from .announcing import ENTRY_TTL_S, Announcer
+from .announcing import ENTRY_TTL_S, Announcer, Watchers
 from .directory import Directory
+from .keeping import Keeper
 from .links import NodeLinks, parse_address
 from .members import Member, Pulse, Roster, State
 from .moving import Mover
 from .placement import Rendezvous
+from .replicas import ReplicaPolicy
 from .tasks import end
 
 ANNOUNCE_S = 0.05
@@ -39,7 +42,8 @@ FAREWELL_S = 2.0
 class NodeAgent:
     """Keeps the entries of ``core`` from its making on (before anything is stored); :meth:`join` puts it into a directory.
 
-    ``clock`` gives seconds. Without a directory it still answers clients that ask this node directly.
+    ``clock`` gives seconds, ``load`` the bytes of reads in progress. ``replicas``, ``rebalance`` and ``copy_bytes_per_s`` are for
+    :class:`~kvpool.cluster.keeping.Keeper`. Without a directory it still answers clients that ask this node directly.
     """
 
     def __init__(
@@ -53,8 +57,13 @@ class NodeAgent:
         clock: Callable[[], float],
         network: Network | None = None,
         entropy: Callable[[int], bytes] = os.urandom,
+        replicas: ReplicaPolicy | None = None,
+        rebalance: bool = True,
+        copy_bytes_per_s: float | None = None,
+        load: Callable[[], int] = lambda: 0,
     ) -> None:
         self._network, self._entropy = network, entropy
+        self._load = load
         self.announcer = Announcer(endpoint.incarnation)
         self.node = node
         self.state = State.UP
@@ -74,7 +83,11 @@ class NodeAgent:
         """Whether an announcement is on its way."""
         self.failures = 0
         self._ttl_s = 0.0
-        core.watcher = self.announcer
+        self._keeping = (replicas or ReplicaPolicy(), rebalance, copy_bytes_per_s)
+        self.keeper: Keeper | None = None
+        self._links: NodeLinks | None = None
+        self._roster = Roster(0.0)
+        core.watcher = self._watchers = Watchers(self.announcer)
         endpoint.handlers["member"] = self._on_member
         endpoint.handlers["entries"] = self._on_entries
         endpoint.handlers["stale"] = self._on_stale
@@ -91,7 +104,13 @@ class NodeAgent:
             capacity=self._capacity,
             used=self._core.arena.total_bytes - self._core.arena.free_bytes,
             state=self.state,
+            load=self._load(),
         )
+
+    def read(self, ns: Namespace, chain: KeyChain, boundary: int) -> None:
+        """Somebody reads ``chain`` up to ``boundary`` (tokens) here."""
+        if self.keeper is not None:
+            self.keeper.read(ns, chain, boundary)
 
     # -- asked by clients ------------------------------------------------------------------------
 
@@ -101,6 +120,7 @@ class NodeAgent:
             "segments": len(self.announcer),
             "unannounced": self.announcer.pending if self._directory is not None else 0,
             "drain": None if self._mover is None else msgspec.to_builtins(self._mover.progress),
+            "keeping": None if self.keeper is None else msgspec.to_builtins(self.keeper.progress),
         }
 
     async def _on_entries(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
@@ -134,8 +154,24 @@ class NodeAgent:
         pulse = Pulse(ttl_s)
         pulse.beaten(self._clock(), await directory.beat(self.member, ttl_s))
         self.announcer.again()
+        roster = self._roster = Roster(ttl_s)
+        self._links = self._make_links()
+        policy, rebalance, rate = self._keeping
+        keeper = self.keeper = Keeper(
+            self._core,
+            self.node,
+            self._cluster,
+            policy,
+            self._clock,
+            rebalance=rebalance,
+            bytes_per_s=rate,
+            grace_s=ttl_s,
+        )
+        self._watchers.add(keeper)
         loop = asyncio.get_running_loop()
         self._tasks = [
+            loop.create_task(self._follow(directory, roster), name="cluster members"),
+            loop.create_task(keeper.run(directory, self._links, roster, lambda: self.state), name="cluster keeping"),
             loop.create_task(self._beat(directory, pulse), name="cluster beat"),
             loop.create_task(self._announce(directory), name="cluster announce"),
         ]
@@ -180,7 +216,8 @@ class NodeAgent:
         directory = self._directory
         if directory is None:
             raise ConfigError("this node is in no cluster that it could leave")
-        roster = Roster(self._ttl_s)
+        roster, links = self._roster, self._links
+        assert links is not None
         roster.update(self._clock(), await directory.snapshot())
 
         def others() -> list[Member]:
@@ -192,28 +229,15 @@ class NodeAgent:
             )
         self.state = State.DRAINING
         await directory.beat(self.member, self._ttl_s)
-        rng = random.Random(self._endpoint.incarnation)
-        links = NodeLinks(
-            self._config or EndpointConfig(),
-            random=rng.random,
-            connections=2,
-            network=self._network,
-            entropy=self._entropy,
-        )
         mover = self._mover = Mover(
-            self._core, links, Rendezvous(), others, self._clock, lambda: roster.frozen(self._clock())
+            self._core, links, Rendezvous(), others, self._clock, lambda: roster.steady(self._clock())
         )
 
         async def work() -> None:
-            watch = asyncio.get_running_loop().create_task(self._follow(directory, roster))
-            try:
-                deadline = self._clock() + deadline_s
-                # Clients write by a view that is a moment old.
-                await asyncio.sleep(min(self._ttl_s / 2, deadline_s / 4))
-                await mover.run(deadline=deadline, bytes_per_s=bytes_per_s)
-            finally:
-                await end([watch])
-                await links.close()
+            deadline = self._clock() + deadline_s
+            # Clients write by a view that is a moment old.
+            await asyncio.sleep(min(self._ttl_s / 2, deadline_s / 4))
+            await mover.run(deadline=deadline, bytes_per_s=bytes_per_s)
             await self.leave()
 
         self._draining = asyncio.get_running_loop().create_task(work(), name="cluster drain")
@@ -229,18 +253,38 @@ class NodeAgent:
 
     async def _follow(self, directory: Directory, roster: Roster) -> None:
         while True:
-            await asyncio.sleep(self._ttl_s / 3)
             try:
                 roster.update(self._clock(), await directory.snapshot())
             except DirectoryError:
                 roster.failed()
+            else:
+                if self.keeper is not None:
+                    self.keeper.seen(roster)
+            await asyncio.sleep(self._ttl_s / 3)
 
-    async def leave(self) -> None:
-        """Stop announcing and leave the directory, as far as it can be reached."""
+    def _make_links(self) -> NodeLinks:
+        """Links to the other nodes."""
+        return NodeLinks(
+            self._config or EndpointConfig(),
+            random=random.Random(self._endpoint.incarnation).random,
+            connections=2,
+            network=self._network,
+            entropy=self._entropy,
+        )
+
+    async def stop(self) -> None:
+        """Stop all that goes on in the background, and say nothing: as far as others can tell the node is dead."""
         if self._draining is not None and self._draining is not asyncio.current_task():
             await end([self._draining])
         await end(self._tasks)
         self._tasks = []
+        if self._links is not None:
+            await self._links.close()
+            self._links = None
+
+    async def leave(self) -> None:
+        """Stop announcing and leave the directory, as far as it can be reached."""
+        await self.stop()
         directory, self._directory = self._directory, None
         if directory is not None:
             with suppress(DirectoryError, TimeoutError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from kvpool.index import ROOT, Nodes, Tree
+from kvpool.index import ROOT, Nodes, Tree, Watcher
 
 from .entries import Draft
 from .segments import SEGMENT_BLOCKS, segment_key
@@ -155,3 +155,21 @@ class Announcer:
         for name in due:
             del self._said[name]
             self._dirty[name] = None
+
+
+class Watchers:
+    """Tells all of several watchers."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self._all = list(watchers)
+
+    def add(self, watcher: Watcher) -> None:
+        self._all.append(watcher)
+
+    def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+        for watcher in self._all:
+            watcher.stored(tree, unit, nodes)
+
+    def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+        for watcher in self._all:
+            watcher.removed(tree, unit, nodes)

@@ -34,11 +34,13 @@ class Member(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Fa
     capacity: int
     used: int = 0
     state: State = State.UP
+    load: int = 0
+    """Bytes of reads in progress there."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.id.encode()) <= 128 or len(self.incarnation) != 16 or not self.addresses:
             raise ProtocolError("a member has an id of 1 to 128 bytes, an incarnation of 16 bytes and an address")
-        if self.capacity < 0 or self.used < 0:
+        if min(self.capacity, self.used, self.load) < 0:
             raise ProtocolError(f"member {self.id!r}: sizes must not be negative")
 
     def encode(self) -> bytes:
@@ -71,10 +73,12 @@ class Roster:
         self._epoch: bytes | None = None
         self._young_until = float("-inf")
         self._unreachable = False
+        self._updated = float("-inf")
 
     def update(self, now: float, snapshot: Snapshot) -> None:
         """The directory answered."""
         self._unreachable = False
+        self._updated = now
         if snapshot.epoch != self._epoch or snapshot.epoch is None:
             # The first epoch one ever sees is no loss: there is nothing to hold on to.
             if self._epoch is not None or (snapshot.epoch is None and self.members):
@@ -90,6 +94,13 @@ class Roster:
     def frozen(self, now: float) -> bool:
         """Whether the view is an old one: peers are asked directly, and no repair or rebalance starts."""
         return self._unreachable or now < self._young_until
+
+    def steady(self, now: float) -> bool:
+        """Whether data may be moved by this view: it is not frozen, and no older than the TTL.
+
+        A process that was stopped for a while (SIGSTOP, a suspended machine) wakes with a view that nothing has marked as frozen.
+        """
+        return not self.frozen(now) and now - self._updated <= self.ttl_s
 
     def writable(self) -> list[Member]:
         """Members that take new data."""

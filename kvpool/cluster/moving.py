@@ -1,7 +1,4 @@
-"""Copying what this node holds to the nodes that would hold it without it.
-
-Nothing is deleted here: a copy is sealed and announced by its new node before the old one is forgotten.
-"""
+"""Draining: copying what this node holds to the nodes that would hold it without it."""
 
 from __future__ import annotations
 
@@ -10,29 +7,24 @@ from collections.abc import Callable, Sequence
 
 from kvpool.core import PoolCore
 from kvpool.errors import MissError, NoNodeError, PoolFullError, PrefixMissingError
-from kvpool.keys import KeyChain, Namespace
-from kvpool.match import restorable
+from kvpool.keys import Namespace
 from kvpool.security import DEFAULT_TENANT
 from kvtransport.errors import KVError
-from kvtransport.layout import GroupKind
 
-from .entries import decode, resident, short
+from .copying import Copier, Copyable
 from .links import NodeLinks
-from .locate import unit_numbers
 from .members import Member
 from .pacing import Pacer, Progress
 from .placement import Placement
-from .segments import SEGMENT_BLOCKS, placement_name, segment_key
+from .segments import placement_name
 
-STEP_S = 30.0
-"""Deadline of one transfer."""
 TRIES = 3
 
 
 class Mover:
     """Moves over ``links``; ``members()`` gives those that take new data, ``clock`` seconds.
 
-    While ``frozen()`` the view of the members is an old one, and nothing is moved by it.
+    Unless ``steady()`` the view of the members is an old one, and nothing is moved by it.
     """
 
     def __init__(
@@ -42,11 +34,12 @@ class Mover:
         placement: Placement,
         members: Callable[[], Sequence[Member]],
         clock: Callable[[], float],
-        frozen: Callable[[], bool] = lambda: False,
+        steady: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._frozen = frozen
+        self._steady = steady
         self._core = core
         self._links = links
+        self._copier = Copier(core, links, clock)
         self._placement = placement
         self._members = members
         self._clock = clock
@@ -68,15 +61,15 @@ class Mover:
             work += [(ns, keys) for keys in self._core.chains(ns)]
         progress.chains = len(work)
         for ns, keys in work:
-            # A view thaws by being asked for again, in the background.
-            while self._frozen() and self._clock() < deadline:  # noqa: ASYNC110
+            # A view grows steady by being asked for again, in the background.
+            while not self._steady() and self._clock() < deadline:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
             if self._clock() >= deadline:
                 progress.left = len(work) - progress.done
                 progress.note = "the deadline came first"
                 break
             try:
-                await self._move(ns, keys, pacer)
+                await self._move(ns, keys, pacer, deadline)
             except KVError as error:
                 progress.failed += 1
                 progress.note = error.message
@@ -84,21 +77,19 @@ class Mover:
         progress.running, progress.finished = False, True
         return progress
 
-    async def _move(self, ns: Namespace, keys: list[bytes], pacer: Pacer) -> None:
-        step = ns.block_tokens
-        chain = KeyChain.of_hashes(ns, keys, len(keys) * step)
-        points = restorable(self._core.view(ns, chain))
-        if not any(g.kind is GroupKind.RECURRENT for g in ns.layout.groups):
-            points = points[-1:]
-        if not points:
+    async def _move(self, ns: Namespace, keys: list[bytes], pacer: Pacer, deadline: float) -> None:
+        what = Copyable(self._core, ns, keys)
+        if not what.points:
             return
         error: KVError = NoNodeError("no other node takes new data")
         for member in self._placement.order(placement_name(keys[0]), self._members())[:TRIES]:
             try:
-                if await self._has(member, ns, keys, points):
+                if await self._copier.has(member, what):
                     self.progress.skipped += 1
                     return
-                await self._copy(member, ns, chain, points, pacer)
+                self.progress.moved_bytes += await self._copier.copy(
+                    member, what, pacer, lambda: self._clock() < deadline
+                )
             except MissError:
                 return  # evicted here meanwhile
             except (PoolFullError, PrefixMissingError) as why:
@@ -110,40 +101,3 @@ class Mover:
                 continue
             return
         raise error
-
-    async def _has(self, member: Member, ns: Namespace, keys: list[bytes], points: list[int]) -> bool:
-        """Whether the member holds all that is restorable here of the chain's last segment, and thereby what leads there."""
-        first = (points[-1] // ns.block_tokens - 1) // SEGMENT_BLOCKS * SEGMENT_BLOCKS
-        mine = keys[first : first + SEGMENT_BLOCKS]
-        client = await self._links.client(member)
-        reply = await client.link.call("entries", {"keys": [segment_key(ns, keys[first])]}, timeout_s=5.0)
-        entry = decode(reply["entries"][0])
-        if entry is None:
-            return False
-        numbers = unit_numbers(self._core.view(ns, KeyChain.of_hashes(ns, keys[:1], ns.block_tokens)).rules)
-        there = resident(entry, short(mine), max(numbers) + 1)
-        wanted = [p // ns.block_tokens - 1 - first for p in points if p > first * ns.block_tokens]
-        return all(bool(there[numbers[g], wanted].all()) for g in range(len(numbers)))
-
-    async def _copy(self, member: Member, ns: Namespace, chain: KeyChain, points: list[int], pacer: Pacer) -> None:
-        client = await self._links.open(member, ns)
-        start = 0
-        for point in points:
-            get = self._core.plan_get(
-                ns, chain, boundary=point, start=start, deadline=self._core.clock() + STEP_S + 1.0
-            )
-            try:
-                nbytes = sum(e.nbytes for e in get.extents.values())
-                await asyncio.sleep(pacer.wait(self._clock(), nbytes))
-                sender = await client.put(ns, chain, boundary=point, start=start, deadline_s=STEP_S)
-                try:
-                    for slot in get.extents:
-                        sender.ready(*slot, get.sources[slot])
-                    await sender.seal()
-                finally:
-                    # Before the blocks are given back nothing reads them any more.
-                    await sender.cancel("done")
-                self.progress.moved_bytes += nbytes
-            finally:
-                get.close()
-            start = point

@@ -12,10 +12,12 @@ import pytest
 import kvpool.cluster
 from kvpool.cluster.announcing import ENTRY_TTL_S, LATE_S, Announcer
 from kvpool.cluster.cut import cut_get, cut_put, pieces
+from kvpool.cluster.demand import Demand
 from kvpool.cluster.entries import MAX_RECORDS, Draft, decode, resident, short, tails
 from kvpool.cluster.locate import Cut, Whole, unit_numbers
 from kvpool.cluster.members import Member, Pulse, Roster, Snapshot, State
 from kvpool.cluster.placement import LocalFirst, Rendezvous
+from kvpool.cluster.replicas import ReplicaPolicy, missing
 from kvpool.cluster.segments import SEGMENT_BLOCKS, can_be_cut, segment_key, segments, units_of
 from kvpool.cluster.suspects import Suspects
 from kvpool.errors import KeyChainError
@@ -31,11 +33,13 @@ HYBRID = LAYOUTS["hybrid"].__class__("no windows", tuple(g for g in LAYOUTS["eve
 POLICY = (
     "announcing",
     "cut",
+    "demand",
     "directory",
     "entries",
     "locate",
     "members",
     "placement",
+    "replicas",
     "segments",
     "suspects",
 )
@@ -401,3 +405,63 @@ def test_an_owner_says_again_what_was_seen_in_another_generation():
     assert announcer.take(1.0, 10) == {name: None}
     assert announcer.validate({name: seen}) == [False]
     assert announcer.take(2.0, 10) == {name: None}
+
+
+# -- copies --------------------------------------------------------------------------------------------
+
+
+def test_hits_fade_and_the_table_is_bounded():
+    demand = Demand(half_life_s=10.0, most=3)
+    assert [demand.hit(0.0, b"a") for _ in range(3)] == [1.0, 2.0, 3.0]
+    assert demand.heat(10.0, b"a") == pytest.approx(1.5)
+    assert demand.hit(20.0, b"a") == pytest.approx(1.75)
+    assert demand.heat(5.0, b"never") == 0.0
+    for name in (b"b", b"c", b"d"):
+        demand.hit(21.0, name)
+    assert len(demand) == 3
+    assert demand.heat(21.0, b"a") == 0.0  # not read for longest
+    assert demand.heat(21.0, b"d") == 1.0
+
+
+def test_how_many_copies():
+    ns = Namespace("default", HYBRID, STEP)
+    policy = ReplicaPolicy(factor=1, by_model={HYBRID.model: 2, f"other/{HYBRID.model}": 3}, most=4, hits_per_copy=10)
+    assert policy.base(ns) == 2
+    assert policy.base(Namespace("other", HYBRID, STEP)) == 3
+    assert policy.base(Namespace("default", LAYOUTS["hybrid"], STEP)) == 1
+    assert [policy.wanted(ns, heat, 2) for heat in (0, 4, 10, 14, 15, 1000)] == [2, 2, 3, 3, 4, 4]
+    assert ReplicaPolicy(factor=6, most=2).wanted(ns, 1e9, 1) == 6  # the factor is never undercut
+
+
+@pytest.mark.parametrize(
+    ("holders", "wanted", "me", "expected"),
+    [
+        ("a", 1, "a", ""),
+        ("a", 2, "a", "b"),
+        ("a", 3, "a", "bc"),
+        ("ab", 2, "a", ""),
+        ("d", 2, "d", "ab"),  # both homes lack it
+        ("bd", 2, "b", "a"),
+        ("bd", 2, "d", ""),  # the first holder's task
+        ("bd", 1, "b", "a"),  # a joined
+        ("", 2, "a", ""),
+        ("x", 2, "x", ""),  # x takes no data any more: draining
+        ("a", 9, "a", "bcd"),
+    ],
+)
+def test_who_copies_what_to_whom(holders, wanted, me, expected):
+    assert missing("abcd", set(holders), wanted, me) == list(expected)
+
+
+def test_nothing_moves_by_an_old_view():
+    """A process that was stopped wakes with a view that nothing has marked as frozen."""
+    roster = Roster(3.0)
+    assert not roster.steady(0.0)
+    roster.update(0.0, Snapshot(b"e1", (member("a"),)))
+    assert roster.steady(3.0)
+    assert not roster.steady(3.1)
+    assert not roster.frozen(3.1)
+    roster.update(100.0, Snapshot(b"e1", (member("a"),)))
+    assert roster.steady(100.0)
+    roster.failed()
+    assert not roster.steady(100.0)

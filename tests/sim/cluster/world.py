@@ -24,7 +24,6 @@ from kvpool.cluster.agent import NodeAgent
 from kvpool.cluster.links import NodeLinks
 from kvpool.cluster.placement import Rendezvous
 from kvpool.cluster.pool import ClusterPool
-from kvpool.cluster.tasks import end
 from kvpool.core import PoolCore
 from kvpool.errors import MissError
 from kvpool.keys import KeyChain, Namespace
@@ -169,9 +168,7 @@ class World:
     async def stop(self, node: Node) -> None:
         """As a crash: nobody is told."""
         node.up = False
-        await end(node.agent._tasks)
-        if node.agent._draining is not None:
-            await end([node.agent._draining])
+        await node.agent.stop()
         await node.server.close()
         await node.endpoint.close()
         node.arena.close()

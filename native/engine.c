@@ -127,7 +127,8 @@ void kv_kick_group(kv_group *group, size_t chunks) {
     do {
         kv_conn *next = conn->next_of_group ? conn->next_of_group : group->conns;
         bool dead = conn->closed || conn->lost || conn->finishing;
-        if (!dead && !conn->writing && !conn->blocked && !conn->kicked && conn->out == KV_OUT_NONE) {
+        bool enough = conn->full && group->levels && !group->levels->next;
+        if (!dead && !enough && !conn->writing && !conn->blocked && !conn->kicked && conn->out == KV_OUT_NONE) {
             kv_kick(conn);
             chunks--;
         }
@@ -149,7 +150,7 @@ static void service(kv_thread *thread, kv_conn *conn) {
     bool readable = conn->readable;
     kv_unlock(engine);
     if (readable) kv_read_some(conn, thread->scratch);
-    kv_write_some(conn, 4 * KV_STEP_BYTES);
+    kv_write_some(conn, KV_STEP_BYTES);
     kv_lock(engine);
     conn->users--;
     kv_let_go(engine);

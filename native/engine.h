@@ -40,6 +40,9 @@
 #define KV_MAX_UP_BYTES ((size_t)8 << 20)    /* frames Python has not taken yet: more pauses reading */
 #define KV_MAX_PENDING ((size_t)1 << 16)     /* applied ranges Python has not taken yet: more pauses reading */
 #define KV_MAX_RANGES ((size_t)4096)         /* separate ranges per extent, as in wire/ranges.py */
+#define KV_NEAR_US 2000u                     /* round trips below this: a local path, which a few MiB fill */
+#define KV_QUEUE_BYTES ((uint64_t)4 << 20)   /* not acknowledged on all connections of a link over a local path */
+#define KV_RTT_EVERY 64                      /* chunks after which the kernel is asked for the round trip again */
 #define KV_MIN_CHUNK ((size_t)512 << 10)     /* flow/chunking.py */
 #define KV_MAX_CODED ((size_t)16 << 20)     /* bytes of a coded chunk: a DATA payload */
 #define KV_MAX_OFFSET (((uint64_t)1 << 63) - 1)
@@ -74,6 +77,7 @@ struct kv_stream {
     int fd;
 };
 kv_stream *kv_plain_stream(int fd); /* NULL: no memory */
+unsigned kv_round_trip_us(int fd);  /* the kernel's least of the last minutes; UINT_MAX where it has none */
 
 /* ---- framing.c: the header, as docs/wire-format.md has it ---- */
 
@@ -312,6 +316,8 @@ typedef struct kv_conn {
     kv_span *span;           /* NULL when voided: the rest is zeros */
     size_t span_chunk;
     uint64_t out_start, out_bytes, out_at; /* of the span; payload bytes; bytes of head ++ payload sent */
+    uint64_t unacked, taken; /* bytes of chunks that it took and that are not acknowledged; chunks it took */
+    bool near, full;         /* its path is local; it has as much as it may have, and waits for acknowledgements */
     /* receiving */
     int in;
     unsigned char in_head[KV_HEADER_BYTES];    /* being received */

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define READ_STEPS 16 /* receives before the thread looks at its other connections */
+#define READ_STEPS 4 /* receives before the thread looks at its other connections */
 #define IOVS 256
 
 /* ---- who may write where ---- */

@@ -86,6 +86,37 @@ void kv_update_turn(kv_outgoing *out) {
     else if (!out->level) enter_level(out);
 }
 
+/* ---- what waits on a connection ---- */
+
+/*
+ * Whether the connection has enough. What lies in sockets, ours and the peer's, an urgent transfer has to wait for, and it has
+ * left the caches when its turn comes; on a local path a few MiB keep everything busy. A longer path takes what the kernel's
+ * window says. What has a higher priority than others that wait is not held back.
+ */
+static bool enough(kv_conn *conn) {
+    if (conn->taken % KV_RTT_EVERY == 0) conn->near = kv_round_trip_us(conn->stream->fd) < KV_NEAR_US;
+    conn->full = false;
+    if (!conn->near || conn->group->levels->next) return false;
+    uint64_t live = 0;
+    for (const kv_conn *each = conn->group->conns; each; each = each->next_of_group) live += !each->lost && !each->closed;
+    conn->full = conn->unacked && conn->unacked * live >= KV_QUEUE_BYTES;
+    return conn->full;
+}
+
+/* The chunk is not on its connection any more. */
+static void off_connection(const kv_outgoing *out, const kv_chunk *chunk) {
+    if (chunk->state != KV_CHUNK_SENT) return;
+    for (kv_conn *conn = out->group->conns; conn; conn = conn->next_of_group) {
+        if (conn->serial != chunk->serial) continue;
+        conn->unacked -= chunk->stop - chunk->start;
+        if (conn->full) {
+            conn->full = false;
+            if (out->group->levels) kv_kick(conn);
+        }
+        return;
+    }
+}
+
 /* ---- spans ---- */
 
 kv_out_slot *kv_out_slot_find(const kv_outgoing *out, unsigned layer, unsigned tensor) {
@@ -220,6 +251,7 @@ static void span_drop(kv_span *span) {
         kv_retry *retry = &out->retries[out->retry_at + i];
         if (retry->span == span) retry->span = NULL;
     }
+    for (size_t i = 0; i < span->count; i++) off_connection(out, &span->chunks[i]);
     out->droppers++;
     void_frames(span);
     out->droppers--;
@@ -280,6 +312,7 @@ static bool take_retry(kv_outgoing *out, kv_span **span, size_t *index) {
 bool kv_take_chunk(kv_conn *conn) {
     kv_group *group = conn->group;
     while (group && group->levels) {
+        if (enough(conn)) return false;
         kv_outgoing *out = group->levels->first;
         kv_span *span;
         size_t index;
@@ -291,6 +324,8 @@ bool kv_take_chunk(kv_conn *conn) {
         kv_chunk *chunk = &span->chunks[index];
         chunk->state = KV_CHUNK_SENT;
         chunk->serial = conn->serial;
+        conn->unacked += chunk->stop - chunk->start;
+        conn->taken++;
         if (chunk->attempt) out->resent_bytes += chunk->stop - chunk->start;
         uint64_t nbytes = span->coded ? span->map->nbytes : chunk->stop - chunk->start;
         kv_header header = {.type = KV_DATA, .layer = span->slot->layer, .tensor = span->slot->tensor,
@@ -345,6 +380,7 @@ int kv_outgoing_ack(kv_outgoing *out, kv_out_slot *slot, uint64_t start, uint64_
         for (size_t i = 0; i < span->count; i++) {
             kv_chunk *chunk = &span->chunks[i];
             if (chunk->state == KV_CHUNK_ACKED || chunk->start < start || chunk->stop > stop) continue;
+            off_connection(out, chunk);
             chunk->state = KV_CHUNK_ACKED;
             uint64_t n = chunk->stop - chunk->start;
             span->acked += n;
@@ -379,6 +415,7 @@ static uint64_t again(kv_outgoing *out, kv_span *span, size_t index) {
         }
     }
     out->retries[out->retry_at + out->retry_count++] = (kv_retry){span, index};
+    off_connection(out, chunk);
     chunk->state = KV_CHUNK_QUEUED;
     chunk->attempt++;
     chunk->serial = 0;

@@ -3,6 +3,10 @@
 
 #ifdef KV_ENGINE
 #include <errno.h>
+#include <limits.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <sys/socket.h>
 
@@ -39,6 +43,14 @@ kv_stream *kv_plain_stream(int fd) {
     kv_stream *stream = calloc(1, sizeof *stream);
     if (stream) *stream = (kv_stream){.ops = &PLAIN, .fd = fd};
     return stream;
+}
+
+unsigned kv_round_trip_us(int fd) {
+    struct tcp_info info;
+    socklen_t nbytes = sizeof info;
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &nbytes) < 0) return UINT_MAX; /* not a TCP socket */
+    if (nbytes < offsetof(struct tcp_info, tcpi_min_rtt) + sizeof info.tcpi_min_rtt) return UINT_MAX;
+    return info.tcpi_min_rtt;
 }
 #else
 typedef int kv_no_stream;

@@ -73,6 +73,19 @@ class End:
             self.sock.recv(1)
 
 
+def local_end(engine, group):
+    """An :class:`End` over TCP on loopback: a path whose round trip the kernel knows."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        mine, _ = server.accept()
+    mine.setblocking(False)
+    end = End.__new__(End)
+    end.sock, end.reader = theirs, FrameReader()
+    end.conn = engine.adopt(mine.detach(), LIMITS, 1)
+    end.conn.join(group)
+    return end
+
+
 @pytest.fixture
 def engine():
     engine = _native.Engine(2)
@@ -470,6 +483,25 @@ def test_data_beyond_the_credit_is_drained_and_told(engine, group):
     second.say(data(b"d" * 300, offset=300, sequence=1))
     assert one_event(engine)[0] == APPLIED
     into.close()
+
+
+def test_a_local_path_holds_a_few_mib_that_are_not_acknowledged(engine, group):
+    end = local_end(engine, group)
+    bulk = outgoing(group)
+    bulk.add(0, 0, 0, bytes(8 * MIB), None)
+    assert [f.header.offset for f in end.frames(4)] == [0, MIB, 2 * MIB, 3 * MIB]
+    end.silent()
+    urgent = outgoing(group, transfer=bytes(range(1, 17)), tag=9, priority=1)
+    urgent.add(0, 0, 0, bytes(2 * MIB), None)
+    assert [f.header.transfer[0] for f in end.frames(2)] == [1, 1]  # does not wait for the bulk's acknowledgements
+    end.silent()
+    end.say(ack((0, 0, 0, MIB)))
+    end.silent()  # six were on their way
+    end.say(ack((0, 0, MIB, 3 * MIB)))
+    assert [f.header.offset for f in end.frames(1)] == [4 * MIB]
+    urgent.close()  # nothing will acknowledge it any more
+    assert [f.header.offset for f in end.frames(2)] == [5 * MIB, 6 * MIB]
+    bulk.close()
 
 
 def test_corrupt_and_stray_data(engine, group):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .compression import Codec, encode
 from .engine.base import Outgoing, Slot
-from .flow.coding import CodingChoice
+from .flow.coding import BusyRate, CodingChoice
 
 if TYPE_CHECKING:
     from .buffers import PageList
@@ -28,7 +28,6 @@ AHEAD_CHUNKS = 2
 """The same in chunks; and coding stops with twice as many beyond it."""
 MAX_HELD = 64 << 20
 POLL_S = 0.002
-RATE_EVERY_S = 0.1
 MAX_SLOTS = 4096
 """Extents of which a link remembers how they code."""
 
@@ -68,18 +67,27 @@ class LinkCoding:
         self.always = always
         self._choices: dict[Slot, CodingChoice] = {}
         self._speeds: dict[int, float] = {}
-        self._rate: float | None = None
-        self._looked_s = float("-inf")
+        self._rate = BusyRate()
+        self._rtt_s = 0.0
 
     def rate(self) -> float | None:
         """What the path carries, bytes per second, as it was when something last wanted all of it; None: never yet."""
         now = self._clock()
-        if now - self._looked_s >= RATE_EVERY_S:
-            self._looked_s = now
-            infos = [info for c in self._path.connections if not c.closed and (info := c.stream.info()) is not None]
-            if any(info.delivery_rate and not info.app_limited for info in infos):
-                self._rate = float(self._path.telemetry().available)
-        return self._rate
+        if self._rate.wants(now):
+            link = self._path.telemetry()
+            if link.rtt_s is not None:  # there is a real path, and its counters
+                self._rtt_s = float(link.min_rtt_s or link.rtt_s)
+                self._rate.look(now, link.sent_bytes, link.unsent_bytes, link.limited_by_sender_s)
+        return self._rate.bytes_per_s
+
+    def busy(self) -> bool:
+        """Whether every connection has enough to send for :data:`AHEAD_S` by itself: it lies in its socket."""
+        live = [c for c in self._path.connections if not c.closed]
+        rate = self._rate.bytes_per_s
+        if not live or rate is None:
+            return False
+        least = rate / len(live) * (AHEAD_S + self._rtt_s)
+        return all(c.stream.unsent_bytes() >= least for c in live)
 
     def choose(self, slot: Slot) -> Codec | None:
         """The codec for the next chunk of ``slot``; None: as it is."""
@@ -101,9 +109,9 @@ class LinkCoding:
 
 
 def _timed(pages: PageList, codec: Codec) -> tuple[bytes | None, float]:
-    begun = time.perf_counter()
+    begun = time.thread_time()
     payload = encode(pages, codec)
-    return payload, time.perf_counter() - begun
+    return payload, time.thread_time() - begun
 
 
 class CodingStage:
@@ -158,6 +166,8 @@ class CodingStage:
             self._held_bytes -= self._held.pop(key, 0)
         if self._waiting:
             self._pump()
+        else:
+            self._coding.rate()  # looks now and then
 
     def close(self) -> None:
         """Nothing more is begun; a chunk that is being coded is read to its end (``copies`` has it)."""
@@ -183,7 +193,7 @@ class CodingStage:
         while self._waiting:
             unit, start = self._waiting[0]
             queued = self._given - self._out.stats().moved_bytes
-            straight = queued < least
+            straight = queued < least and not self._coding.busy()
             if not straight:
                 if queued >= most or self._job is not None:
                     break

@@ -74,7 +74,7 @@ class EndpointConfig:
     max_expected: int = 65_536
     chunk_bytes: int = 1 << 20
     io_threads: int | None = None
-    coding: Literal["auto", "off", "always"] = "off"
+    coding: Literal["auto", "off", "always"] = "auto"
     codecs: tuple[str, ...] = ()
     spill: SpillPolicy = field(default_factory=SpillPolicy)
     limits: Limits = DEFAULT_LIMITS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 MARGIN = 1.1
@@ -10,6 +11,39 @@ WEIGHT = 0.2
 """Of a new observation in the running means."""
 PROBE_EVERY = 256
 """Chunks between two looks at a codec that was not worth it."""
+
+
+LOOK_EVERY_S = 0.1
+LOOKS = 10
+"""The most of so many is what the path carries."""
+IDLE_SHARE = 0.1
+"""A link that had nothing on its way for more of the time says nothing of its path."""
+
+
+class BusyRate:
+    """What a path delivers while something always waits for it, bytes per second; None until that was seen.
+
+    Not the delivery rate of a connection (TCP_INFO): that is of bursts, where the queue is not at this end of the path.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_per_s: float | None = None
+        self._rates: deque[float] = deque(maxlen=LOOKS)
+        self._last: tuple[float, int, int, float] | None = None
+
+    def wants(self, now: float) -> bool:
+        return self._last is None or now - self._last[0] >= LOOK_EVERY_S
+
+    def look(self, now: float, sent_bytes: int, unsent_bytes: int, idle_s: float) -> None:
+        """Counters of the link: sent, sent and not delivered yet, and for how long nothing was on its way."""
+        last, self._last = self._last, (now, sent_bytes - unsent_bytes, unsent_bytes, idle_s)
+        if last is None or not last[2] or not unsent_bytes or now - last[0] > 10 * LOOK_EVERY_S:
+            return
+        passed = now - last[0]
+        if passed <= 0 or idle_s - last[3] > IDLE_SHARE * passed:
+            return
+        self._rates.append(max(0, sent_bytes - unsent_bytes - last[1]) / passed)
+        self.bytes_per_s = max(self._rates) or None
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from kvtransport import _native, _pure
 from kvtransport.buffers import PageList
 from kvtransport.compression import HEADER, MAX_RAW, Codec, available, choose_codecs, decode, encode, raw_bytes
 from kvtransport.errors import ConfigError, IntegrityError, ProtocolError
-from kvtransport.flow.coding import MARGIN, CodingChoice
+from kvtransport.flow.coding import MARGIN, BusyRate, CodingChoice
 
 CODECS = [Codec.LZ4, Codec.ZSTD]
 
@@ -183,3 +183,23 @@ def test_a_codec_that_is_too_slow_for_the_link_is_not_tried_again_for_other_data
     first.observe(1, 1 << 20, 800_000, (1 << 20) / 1e9)
     assert set(chosen(second, 40 * GBPS)) == {None}
     assert second.choose(1 * GBPS) == 1
+
+
+def test_the_rate_of_a_path_is_what_it_delivers_while_it_is_busy():
+    rate = BusyRate()
+    assert rate.wants(0.0)
+    rate.look(0.0, 0, 0, 0.0)
+    assert not rate.wants(0.05)
+    rate.look(0.1, 50_000_000, 10_000_000, 0.0)  # nothing waited when it began
+    assert rate.bytes_per_s is None
+    rate.look(0.2, 60_000_000, 10_000_000, 0.0)
+    assert rate.bytes_per_s == pytest.approx(1e8)
+    rate.look(0.3, 65_000_000, 10_000_000, 0.08)  # idle for most of it
+    rate.look(0.4, 66_000_000, 0, 0.08)  # nothing waits any more
+    assert rate.bytes_per_s == pytest.approx(1e8)
+    rate.look(100.0, 70_000_000, 10, 0.08)
+    rate.look(200.0, 80_000_000, 10, 0.08)  # seen too seldom
+    assert rate.bytes_per_s == pytest.approx(1e8)
+    for i in range(1, 12):  # a slower path is believed when it has been so for a second
+        rate.look(200.0 + i * 0.1, 80_000_000 + i * 2_000_000, 10, 0.08)
+    assert rate.bytes_per_s == pytest.approx(2e7)

@@ -4,6 +4,9 @@
 block of 16 tokens is one page, and so is a state): payload hardly counts, what is measured is everything else. Sequences continue
 earlier ones half of the time, as conversations do. When the blocks are there as many again are put, and each evicts others.
 
+What kvpoold does in steps, between which it serves others, is done in steps: opening a put (evicting for it), learning from it, and collecting
+garbage (every 20 puts).
+
 Bytes a block are what the process grew by (nobody writes the payload, so it takes none). A pause is the CPU time of one call (open a put, commit it, match), so
 that other processes' turns do not count; the garbage collector's turns do.
 """
@@ -22,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from kvpool.arena import PageArena
+from kvpool.collecting import Collector
 from kvpool.core import PoolCore
 from kvpool.keys import KeyChain, Namespace
 from kvtransport.buffers import Arena
@@ -85,13 +89,15 @@ class World:
         self.ns: Namespace = self.core.open_namespace("bench", LAYOUT, STEP)
         self.rng = np.random.default_rng(seed)
         self.mean = mean_blocks
-        gc.collect()
-        gc.freeze()  # as kvpoold does
+        self.collector = Collector(time.monotonic)  # as kvpoold does
+        self.collector.start()
         self.calls = Calls()
+        self.core.on_work = lambda: None  # put() has it done in steps
         # Filled now: what the sequences take is not the index's.
         self.memory = np.full((256, 8192 * STEP + 5), 7, np.uint32)
         self.lengths = [0] * 256
         self.blocks = 0
+        self.puts = 0
 
     def sequence(self) -> np.ndarray:
         more = int(np.clip(self.rng.exponential(self.mean), 1, 8192)) * STEP
@@ -113,13 +119,21 @@ class World:
         boundary = len(tokens) // STEP * STEP
         if found.length >= boundary:
             return chain
-        put = calls.run(
-            "open a put",
-            lambda: core.begin_put(ns, chain, boundary=boundary, start=found.length, deadline=core.clock() + 60),
-        )
+        steps = core.put_steps(ns, chain, boundary=boundary, start=found.length, deadline=core.clock() + 60)
+        while True:
+            try:
+                calls.run("open a put: a step", lambda: next(steps))
+            except StopIteration as done:
+                put = done.value
+                break
         for (layer, tensor), extent in put.extents.items():
             put.progress(layer, tensor, 0, extent.nbytes)
         calls.run("commit a put", put.commit)
+        while calls.run("learn: a step", core.policy.work):
+            pass
+        self.puts += 1
+        if self.puts % 20 == 0:
+            calls.run("collect garbage", lambda: self.collector.tick(quiet=False))
         self.blocks += (boundary - found.length) // STEP
         return chain
 

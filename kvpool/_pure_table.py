@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from ._native import Memory
 
-__all__ = ["KeyTable", "which"]
+__all__ = ["KeyTable", "ancestors", "which"]
 
 _MOST = 64
 
@@ -34,6 +34,18 @@ def which(entries: dict[bytes, Any], keys: Memory, lengths: Memory, most: int, /
     if at != len(data):
         raise ValueError(f"the lengths of {len(flags)} keys add up to {at} bytes, there are {len(data)}")
     return np.packbits(np.array(flags, np.bool_), bitorder="little").tobytes()
+
+
+def ancestors(parents: Memory, node: int, out: Memory, /) -> int:
+    """The nearest ancestors of ``node`` into ``out``, as far as it has room or they go (a parent below 0); how many they are."""
+    above = np.frombuffer(parents, np.int32)  # type: ignore[arg-type]
+    room = _numbers(out, 0)
+    done = 0
+    while 0 <= node < len(above) and done < len(room) and above[node] >= 0:
+        node = int(above[node])
+        room[done] = node
+        done += 1
+    return done
 
 
 class KeyTable:
@@ -106,6 +118,10 @@ class KeyTable:
         if key is None:
             raise ValueError(f"no key has the number {number}")
         return key
+
+    def keys(self, numbers: Memory, /) -> list[bytes]:
+        """The keys with the numbers of an int32 buffer; ValueError when one of them has none."""
+        return [self.key(number) for number in np.frombuffer(numbers, np.int32).tolist()]  # type: ignore[arg-type]
 
     def get(self, key: bytes, /) -> int:
         """Its number, or -1."""

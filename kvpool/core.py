@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtransport.errors import KVError
-from kvtransport.layout import CacheLayout, Extent, GroupKind
+from kvtransport.layout import CacheLayout, GroupKind
 
 from .admission import CheckpointHints, hints_of_view
 from .arena import BlockClass, PageArena, Slab, Slabs
@@ -26,10 +26,11 @@ from .index import Nodes, Selection, Tree, Watcher
 from .keys import KeyChain, Namespace, check_flat_keys, check_tenant
 from .match import Explanation, Ghost, Match, Reason, View, explain, match
 from .memory import Memory
-from .placement import Blocks, Geometry, Held, page_lists, plan_put
-from .planning import follow, held_at
+from .placement import Geometry, page_lists
+from .planning import follow, held_at, needs
 from .put import Put
 from .requests import Requests
+from .steps import Steps, run
 
 MAX_TENANTS = 1_024
 MAX_NAMESPACES = 4_096
@@ -69,6 +70,8 @@ class PoolCore:
         self.clock = clock
         self.on_request: Callable[[str, bytes], None] | None = None
         """Called with (tenant, request) when a put with that request begins."""
+        self.on_work: Callable[[], None] | None = None
+        """Called when the policy has something to learn (:meth:`kvpool.eviction.Policy.work`); without it all is learnt at once."""
         self.watcher: Watcher | None = None
         """Told of every change in trees made after it was set."""
         self._eviction = Eviction(make_policy(policy), arena.total_pages)
@@ -239,6 +242,30 @@ class PoolCore:
         Raises LayoutError (bad positions), KeyChainError (the chain does not reach the boundary), PrefixMissingError,
         DuplicateRequestError, QuotaError, PoolFullError, PoolLimitError; nothing is held after an error.
         """
+        return run(
+            self.put_steps(
+                ns,
+                chain,
+                boundary=boundary,
+                start=start,
+                checkpoints=checkpoints,
+                request=request,
+                deadline=deadline,
+            )
+        )
+
+    def put_steps(
+        self,
+        ns: Namespace,
+        chain: KeyChain | None,
+        *,
+        boundary: int,
+        start: int = 0,
+        checkpoints: Iterable[int] = (),
+        request: bytes | None = None,
+        deadline: float,
+    ) -> Steps[Put]:
+        """:meth:`begin_put` in steps of about a millisecond, between which the pool may be used; given up by closing it."""
         room = self._room(ns, chain)
         tree, step = room.tree, ns.block_tokens
         points = tuple(sorted({*checkpoints, boundary}))
@@ -263,6 +290,15 @@ class PoolCore:
                 )
             lease = tree.only_resident(tree.select(path, start, None))
             tree.pin(lease)
+        try:
+            need = needs(ns, room.geometry, extents, points, transfer=chain is None)
+            yield from self.memory.room_for(ns.tenant, need.rows)
+            self._requests.check_new(ns.tenant, request, chain)  # others ran meanwhile
+            self._check_active()
+            slabs = self.memory.allocate_rows(ns.tenant, need.rows)
+        except BaseException:
+            tree.unpin(lease)
+            raise
         put = Put(
             self,
             room,
@@ -274,11 +310,7 @@ class PoolCore:
             deadline=deadline,
             extents=extents,
         )
-        try:
-            self._fill(put, room, extents)
-        except KVError:
-            tree.unpin(lease)
-            raise
+        need.hand(put, slabs)
         put.lease = lease
         self._deadlines.add(put)
         self._counts["puts"] += 1
@@ -286,34 +318,6 @@ class PoolCore:
         if request is not None and self.on_request is not None:
             self.on_request(ns.tenant, request)
         return put
-
-    def _fill(self, put: Put, room: Room, extents: tuple[Extent, ...]) -> None:
-        """Allocate the slabs of ``put``."""
-        ns = put.ns
-        if put.chain is None:
-            total = sum(e.nbytes for e in extents)
-            put.transfer_slab = self.memory.allocate(ns.tenant, [total], BlockClass.TRANSFER)[0]
-            return
-        plan = plan_put(ns.layout, room.geometry, ns.block_tokens, extents, put.points)
-        slabs = iter(
-            self.memory.allocate_rows(
-                ns.tenant,
-                [(len(index), nbytes, BlockClass.PREFIX) for _, index, nbytes in plan.blocks]
-                + [(1, nbytes, BlockClass.PREFIX) for *_, nbytes in plan.tails]
-                + [(1, nbytes, BlockClass.STATE) for *_, nbytes in plan.states],
-            )
-        )
-        put.held = {group: Held() for group in range(len(ns.layout.groups))}
-        for group, index, _ in plan.blocks:
-            put.held[group].blocks = Blocks(index, next(slabs))
-        for group, position, _ in plan.tails:
-            slab = next(slabs)[0]
-            if (group, position) in plan.copies:
-                put.pending_tails.append((group, position, slab))
-            else:
-                put.held[group].tails[position] = slab
-        for group, position, _ in plan.states:
-            put.held[group].states[position] = next(slabs)[0]
 
     # -- getting -----------------------------------------------------------------------------------
 
@@ -431,9 +435,15 @@ class PoolCore:
 
     def begin_put_flat(self, tenant: str, sizes: Mapping[bytes, int], *, deadline: float) -> FlatPut:
         """Allocate objects of ``sizes`` bytes by key; all or none. Raises KeyChainError, QuotaError, PoolFullError, PoolLimitError."""
+        return run(self.put_flat_steps(tenant, sizes, deadline=deadline))
+
+    def put_flat_steps(self, tenant: str, sizes: Mapping[bytes, int], *, deadline: float) -> Steps[FlatPut]:
+        """:meth:`begin_put_flat` in steps, as :meth:`put_steps`."""
         shelf = self._shelf(tenant)
         self._check_active()
         keys = check_flat_keys(self._bounded(list(sizes)))
+        yield from self.memory.room_for(tenant, [(1, sizes[k], BlockClass.PREFIX) for k in keys])
+        self._check_active()
         slabs = self.memory.allocate(tenant, [sizes[k] for k in keys], BlockClass.PREFIX)
         put = FlatPut(self, shelf, dict(zip(keys, slabs, strict=True)), deadline)
         self._deadlines.add(put)
@@ -587,6 +597,10 @@ class PoolCore:
         self._counts["puts_committed" if error is None else "puts_failed"] += 1
         if put.chain is not None or error is not None:
             self._requests.finish(put, error)
+        if error is None and self.on_work is not None:
+            self.on_work()
+        while error is None and self.on_work is None and self.policy.work():
+            pass
 
     def _put_closed(self, put: Put) -> None:
         """``put`` holds nothing any more."""

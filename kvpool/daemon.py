@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from kvtransport.flow.spilling import SpillPolicy
 
 from .arena import PageArena
 from .cluster.agent import NodeAgent
+from .collecting import Collector
 from .config import DaemonConfig, load, parse_size
 from .core import PoolCore
 from .local import LocalServer
@@ -155,9 +155,9 @@ async def run(config: DaemonConfig) -> bool:
         server.metrics = Metrics(server.stat)
         served = MetricsServer(server.metrics)
     stops = Stops(loop)
-    # What was imported stays: full collections need not look at it again, and pause for what came since only.
-    gc.collect()
-    gc.freeze()
+    collector = Collector(time.monotonic)
+    collector.start()
+    server.on_tick = lambda: collector.tick(quiet=not server.active)
     try:
         host, port = await endpoint.listen(config.host, config.port)
         for note in [*arena.info.notes, *_security(endpoint, config)]:
@@ -182,6 +182,8 @@ async def run(config: DaemonConfig) -> bool:
         return clean
     finally:
         stops.close()
+        server.on_tick = None
+        collector.stop()
         await agent.leave()
         if served is not None:
             await served.close()

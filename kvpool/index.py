@@ -32,7 +32,7 @@ from .keys import KeyChain, Namespace
 from .match import Ghost, Tail, View, rules_of
 from .placement import Geometry
 from .slabstore import EveryNode, FewNodes, SlabStore
-from .table import new_table
+from .table import ancestors, new_table
 
 Nodes = NDArray[np.int32]
 Floats = NDArray[np.float64]
@@ -159,9 +159,9 @@ class Tree:
         for node in ends[np.argsort(-ranks, kind="stable")].tolist():
             path = []
             while node != ROOT:
-                path.append(self._table.key(node))
+                path.append(node)
                 node = int(self._parent[node])
-            out.append(path[::-1])
+            out.append(self._table.keys(np.array(path[::-1], np.int32)))
         return out
 
     def places_of(self, nodes: Nodes) -> tuple[list[int], list[int]]:
@@ -425,8 +425,7 @@ class Tree:
         )
         self.unpinned_pages += pages * len(fresh)
         if len(self._ghosts):
-            for node in fresh.tolist():
-                self._ghosts.drop(self.number, unit, self._table.key(node))
+            self._ghosts.drop(self.number, unit, self._table.keys(fresh))
         self._offer(unit, fresh)
         if self.watcher is not None:
             self.watcher.stored(self, unit, fresh)
@@ -480,7 +479,7 @@ class Tree:
         pages = self._pages[ends, path] * resident
         values = np.where(resident, self._value[ends, path], 0.0).sum(axis=0) / np.maximum(1, resident.sum(axis=0))
         return describe(
-            lambda at: [(self.number, self._table.key(n)) for n in path[at].tolist()],
+            lambda at: [(self.number, key) for key in self._table.keys(path[at])],
             positions=self._position[path].astype(np.int64),
             pages=self._pages[full, path],
             end_pages=pages.sum(axis=0),
@@ -555,7 +554,7 @@ class Tree:
         whole = unit == self.full or self._position[node] % self.ns.block_tokens
         run = self._run(node, below, pages) if unit == self.full else [node]
         nodes = np.array(run, dtype=np.int32)
-        keys = [self._table.key(n) for n in run]
+        keys = self._table.keys(nodes)
         turns = self._turn[nodes]
         slabs: list[Slabs] = []
         lost = -int(self._queued[unit, node])  # whose place the order has given up already
@@ -618,11 +617,8 @@ class Tree:
 
     def _ancestors(self, node: int, most: int) -> Nodes:
         """The nearest ancestors of ``node``, at most so many."""
-        found: list[int] = []
-        parents = self._parent
-        while len(found) < most and (node := int(parents[node])) != ROOT:
-            found.append(node)
-        return np.array(found, dtype=np.int32)
+        found = np.empty(most, np.int32)
+        return found[: ancestors(self._parent, node, found)]
 
     def clear(self, why: str = "cleared") -> int:
         """Evict all that is not pinned; returns how many entries went."""

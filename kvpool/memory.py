@@ -1,15 +1,23 @@
-"""Who gets memory, and what goes for it: quotas, the floor of the prefix cache, eviction until there is room."""
+"""Who gets memory, and what goes for it: quotas, the floor of the prefix cache, eviction until there is room.
+
+Evicting thousands of blocks takes milliseconds. :meth:`Memory.room_for` does it in slices, so that whoever serves others too can do
+so in between; allocating then evicts what is missing still, which is nothing unless others took the room meanwhile.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 from kvtransport.errors import ConfigError
 
 from .arena import BlockClass, PageArena, Slab, Slabs
 from .errors import PoolFullError, QuotaError
 from .eviction import Eviction
+
+SLICE_ENTRIES = 256
+"""Entries evicted in one slice: less than a millisecond."""
+Steps = Generator[None, None, None]
 
 Rows = tuple[int, int, BlockClass]
 """How many slabs of how many bytes each, for what."""
@@ -48,26 +56,55 @@ class Memory:
         self.arena.free_many(slabs)
         self._used[tenant] -= sum(s.page_count for s in slabs)
 
+    def room_for(self, tenant: str, wanted: Sequence[Rows]) -> Steps:
+        """Evict, a slice at a step, what allocating ``wanted`` would; raises as :meth:`allocate_rows`."""
+        yield from self._make_room(tenant, *self._pages_of(wanted))
+
+    def _pages_of(self, wanted: Sequence[Rows]) -> tuple[int, bool]:
+        """Pages of ``wanted``, and whether they are for a transfer."""
+        pages = sum(count * self.arena.pages_for(nbytes) for count, nbytes, _ in wanted)
+        return pages, any(kind is BlockClass.TRANSFER for *_, kind in wanted)
+
     def allocate(self, tenant: str, sizes: Sequence[int], kind: BlockClass) -> list[Slab]:
         """A slab of each size, or an error and none; evicts what it must, nothing when that would not be enough.
 
         Raises QuotaError or PoolFullError, with the numbers.
         """
         pages = sum(map(self.arena.pages_for, sizes))
-        self._make_room(tenant, pages, transfer=kind is BlockClass.TRANSFER)
+        for _ in self._make_room(tenant, pages, kind is BlockClass.TRANSFER):
+            pass
         slabs = self.arena.allocate_many(sizes, kind)
         self._used[tenant] += pages
         return slabs
 
     def allocate_rows(self, tenant: str, wanted: Sequence[Rows]) -> list[Slabs]:
         """All of ``wanted``, or an error and none; otherwise as :meth:`allocate`."""
-        pages = sum(count * self.arena.pages_for(nbytes) for count, nbytes, _ in wanted)
-        self._make_room(tenant, pages, transfer=any(kind is BlockClass.TRANSFER for *_, kind in wanted))
+        pages, transfer = self._pages_of(wanted)
+        for _ in self._make_room(tenant, pages, transfer):
+            pass
         slabs = [self.arena.allocate_rows(*rows) for rows in wanted]
         self._used[tenant] += pages
         return slabs
 
-    def _make_room(self, tenant: str, pages: int, *, transfer: bool) -> None:
+    def _make_room(self, tenant: str, pages: int, transfer: bool) -> Steps:
+        while True:
+            over, short = self._lacking(tenant, pages, transfer)  # again after every step: others ran meanwhile
+            if over <= 0 and short <= 0:
+                return
+            # One entry may hold many pages: what the quota frees counts for the shortage too.
+            target, done = self._used[tenant] - max(0, over), 0
+            while done < SLICE_ENTRIES:
+                # What rests on one entry may go with it: no more of that than a slice either.
+                if self._used[tenant] > target:
+                    done += self._evict(tenant, "quota", min(SLICE_ENTRIES, self._used[tenant] - target))
+                elif self.arena.free_pages < pages:
+                    done += self._evict(None, "capacity", min(SLICE_ENTRIES, pages - self.arena.free_pages))
+                else:
+                    return
+            yield
+
+    def _lacking(self, tenant: str, pages: int, transfer: bool) -> tuple[int, int]:
+        """Pages over the tenant's quota, and pages short (not above 0: none). Raises when evicting would not be enough."""
         size, arena = self.arena.page_bytes, self.arena
         spare = self._eviction.unpinned_pages()
         if transfer:
@@ -90,17 +127,13 @@ class Memory:
                 f"be evicted, the rest is leased, being read or being written{floor}: try again later, ask for less, or give "
                 "the pool more memory"
             )
-        # One entry may hold many pages: what the quota frees counts for the shortage too.
-        target = self._used[tenant] - over
-        while over > 0 and self._used[tenant] > target:
-            self._evict(tenant, "quota", self._used[tenant] - target)
-        while arena.free_pages < pages:
-            self._evict(None, "capacity", pages - arena.free_pages)
+        return over, short
 
-    def _evict(self, tenant: str | None, why: str, pages: int) -> None:
+    def _evict(self, tenant: str | None, why: str, pages: int) -> int:
         count = self._eviction.evict(tenant, why, pages)
         if not count:
             raise PoolFullError(
                 "nothing is left to evict although the pool counted on it: this is a defect, please report it"
             )
         self.evictions[why] += count
+        return count

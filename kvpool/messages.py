@@ -13,12 +13,15 @@ from kvtransport.errors import ProtocolError
 from kvtransport.layout import GroupKind
 
 from .admission import CheckpointHints
-from .errors import NamespaceError
-from .keys import MAX_FLAT_KEY_BYTES, KeyChain, Namespace, check_flat_keys
+from .errors import KeyChainError, NamespaceError
+from .keys import MAX_CHAIN_TOKENS, MAX_FLAT_KEY_BYTES, KeyChain, Namespace, check_flat_keys
 from .match import Explanation, GroupReach, Match, Reason
+from .steps import Steps
 
 MAX_TIMEOUT_S = 3_600.0
 KEY_BYTES = 32
+HASHES = 1_024
+"""Keys hashed in one step: about a millisecond."""
 INLINE_BYTES = 64 << 10
 """Objects of a call that are no more than this together travel in it, or in its answer: a transfer would take more turns."""
 
@@ -38,8 +41,8 @@ def chain_to_wire(chain: KeyChain | None, *, keys: bool = False) -> dict[str, An
     return {"tokens": chain.token_bytes, "extra": chain.extra}
 
 
-def chain_from_wire(ns: Namespace, body: object, *, stores: bool = False) -> KeyChain | None:
-    """Inverse of :func:`chain_to_wire` for a body from a peer; raises KeyChainError or ProtocolError.
+def chain_steps(ns: Namespace, body: object, *, stores: bool = False) -> Steps[KeyChain | None]:
+    """Inverse of :func:`chain_to_wire` for a body from a peer, in steps of 1,024 hashes; raises KeyChainError or ProtocolError.
 
     ``stores``: only keys that are computed here from tokens, or are an engine's own, so that nothing is ever stored under a
     key that is not that of its tokens. Looking up by a wrong one finds nothing, or what the tenant's own hashes would find.
@@ -63,7 +66,15 @@ def chain_from_wire(ns: Namespace, body: object, *, stores: bool = False) -> Key
         raise ProtocolError("a key chain needs 'tokens' (bytes, little-endian u32) and 'extra' (bytes)")
     if len(tokens) % 4:
         raise ProtocolError(f"tokens are 4 bytes each, got {len(tokens)} bytes")
-    return KeyChain(ns, np.frombuffer(tokens, "<u4"), extra)
+    numbers = np.frombuffer(tokens, "<u4")
+    if len(numbers) > MAX_CHAIN_TOKENS:
+        raise KeyChainError(f"a chain holds at most {MAX_CHAIN_TOKENS} tokens, got {len(numbers)}")
+    chain = KeyChain(ns, numbers[:0], extra)
+    for at in range(0, len(numbers), HASHES * ns.block_tokens):
+        if at:
+            yield
+        chain.extend(numbers[at : at + HASHES * ns.block_tokens])
+    return chain
 
 
 def keys_to_wire(keys: Sequence[bytes]) -> dict[str, Any]:

@@ -1,19 +1,63 @@
-"""Sources of a get: from the index, and from a put in progress behind which it reads."""
+"""What a put must allocate; sources of a get: from the index, and from a put in progress behind which it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from kvtransport.buffers import PageList
 from kvtransport.layout import Extent, GroupKind
 
-from .arena import PageArena
+from .arena import BlockClass, PageArena, Slabs
 from .errors import MissError
 from .index import Nodes, Selection, Tree
-from .placement import Blocks, Geometry, Held, Slot, before, overlaps, page_lists
+from .keys import Namespace
+from .memory import Rows
+from .placement import Blocks, Geometry, Held, PutPlan, Slot, before, overlaps, page_lists, plan_put
 from .put import Put
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The slabs of a put: ``rows`` to allocate, in the order in which :meth:`hand` takes them. ``plan`` None: a transfer's bytes."""
+
+    plan: PutPlan | None
+    rows: list[Rows]
+
+    def hand(self, put: Put, allocated: Sequence[Slabs]) -> None:
+        """Let ``put`` hold what was allocated."""
+        slabs = iter(allocated)
+        if self.plan is None:
+            put.transfer_slab = next(slabs)[0]
+            return
+        put.held = {group: Held() for group in range(len(put.ns.layout.groups))}
+        for group, index, _ in self.plan.blocks:
+            put.held[group].blocks = Blocks(index, next(slabs))
+        for group, position, _ in self.plan.tails:
+            slab = next(slabs)[0]
+            if (group, position) in self.plan.copies:
+                put.pending_tails.append((group, position, slab))
+            else:
+                put.held[group].tails[position] = slab
+        for group, position, _ in self.plan.states:
+            put.held[group].states[position] = next(slabs)[0]
+
+
+def needs(
+    ns: Namespace, geometry: Geometry, extents: Sequence[Extent], points: Iterable[int], *, transfer: bool
+) -> Needs:
+    """What a put of ``extents`` with endpoints at ``points`` allocates; ``transfer``: bytes for one request alone."""
+    if transfer:
+        return Needs(None, [(1, sum(e.nbytes for e in extents), BlockClass.TRANSFER)])
+    plan = plan_put(ns.layout, geometry, ns.block_tokens, extents, points)
+    return Needs(
+        plan,
+        [(len(index), nbytes, BlockClass.PREFIX) for _, index, nbytes in plan.blocks]
+        + [(1, nbytes, BlockClass.PREFIX) for *_, nbytes in plan.tails]
+        + [(1, nbytes, BlockClass.STATE) for *_, nbytes in plan.states],
+    )
 
 
 def held_at(tree: Tree, path: Nodes, tail: int | None, boundary: int) -> dict[int, Held]:

@@ -23,6 +23,7 @@ from .keys import KeyChain, Namespace, check_tenant
 from .match import Explanation, Match
 from .objects import pages_of
 from .protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
+from .steps import Background, run_in_turns
 from .waiting import Waiting
 
 DEFAULT_PAGE_BYTES = 65_536
@@ -38,6 +39,8 @@ class _Home:
         self.open: set[EmbeddedPut | EmbeddedGet] = set()
         self.waiting = Waiting(core)
         self._timer: asyncio.TimerHandle | None = None
+        self._learning = Background(core.policy.work)
+        core.on_work = self._learning.start
 
     def arm(self) -> None:
         """Have deadlines enforced: call after anything that adds one."""
@@ -55,6 +58,8 @@ class _Home:
 
     async def close(self) -> None:
         self.closed = True
+        self._learning.stop()
+        self.core.on_work = None
         for transfer in tuple(self.open):
             await transfer.cancel("the pool was closed")
         self.waiting.fail(TransferCancelledError("the pool was closed"))
@@ -162,7 +167,7 @@ class Pool:
         deadline_s: float = DEFAULT_DEADLINE_S,
     ) -> EmbeddedPut:
         self._check(ns)
-        put = self.core.begin_put(
+        steps = self.core.put_steps(
             ns,
             chain,
             boundary=boundary,
@@ -171,6 +176,10 @@ class Pool:
             request=request,
             deadline=self.core.clock() + deadline_s,
         )
+        put = await run_in_turns(steps)
+        if self._home.closed:  # meanwhile
+            put.abort()
+        self._check()
         transfer = EmbeddedPut(put, new_transfer_id(), self._home.ended)
         self._home.open.add(transfer)
         self._home.arm()
@@ -227,11 +236,16 @@ class Pool:
     async def put_objects(self, objects: Mapping[bytes, Any]) -> None:
         self._check()
         sources = {key: pages_of(buffer) for key, buffer in objects.items()}
-        put = self.core.begin_put_flat(
-            self.tenant,
-            {key: pages.nbytes for key, pages in sources.items()},
-            deadline=self.core.clock() + DEFAULT_DEADLINE_S,
+        put = await run_in_turns(
+            self.core.put_flat_steps(
+                self.tenant,
+                {key: pages.nbytes for key, pages in sources.items()},
+                deadline=self.core.clock() + DEFAULT_DEADLINE_S,
+            )
         )
+        if self._home.closed:  # meanwhile
+            put.abort()
+        self._check()
         # No await from here to the commit: nobody sees it half done and the deadline cannot pass.
         try:
             checksums = {}

@@ -29,10 +29,11 @@ from .flat import FlatGet, FlatPut
 from .get import Get
 from .keys import KeyChain, Namespace
 from .local import Located, pack_places
-from .messages import INLINE_BYTES, Args, bits_to_wire, chain_from_wire, match_to_wire
+from .messages import INLINE_BYTES, Args, bits_to_wire, chain_steps, match_to_wire
 from .metrics import Metrics
 from .put import Put
 from .security import tenant_of
+from .steps import Background, Steps, run_in_turns
 from .waiting import Waiting
 
 TICK_S = 0.1
@@ -80,6 +81,8 @@ class PoolServer:
         """Told of (namespace, chain, boundary) of every get when set."""
         self.sending_bytes = 0
         """Of gets in progress."""
+        self.on_tick: Callable[[], object] | None = None
+        """Called every TICK_S seconds when set."""
         self.only_tenant: str | None = None
         """Whom alone it serves, when set: one whose clients may map the memory."""
         verbs: dict[str, Verb] = {
@@ -103,6 +106,8 @@ class PoolServer:
         }
         for name, verb in verbs.items():
             endpoint.handlers[name] = self._handler(name, verb)
+        self._learning = Background(core.policy.work)
+        core.on_work = self._learning.start
         self._ticker = self._spawn(self._tick())
 
     # -- life ----------------------------------------------------------------------------------
@@ -124,6 +129,8 @@ class PoolServer:
     async def close(self) -> None:
         """Stop at once; what is in progress fails."""
         self._draining = True
+        self._learning.stop()
+        self.core.on_work = None
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -133,6 +140,8 @@ class PoolServer:
         while True:
             await asyncio.sleep(TICK_S)
             self.core.expire()
+            if self.on_tick is not None:
+                self.on_tick()
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
@@ -198,7 +207,7 @@ class PoolServer:
 
     async def _match(self, session: Session, args: Args) -> dict[str, Any]:
         ns = args.namespace(session.namespaces)
-        chain = chain_from_wire(ns, args.get("chain", dict))
+        chain = await run_in_turns(chain_steps(ns, args.get("chain", dict)))
         assert chain is not None
         if args.get("asks_again", bool, False) and self.core.has_off_grid(ns, chain):
             return {"again": True}  # with the tokens: keys off the grid are made of them
@@ -206,14 +215,14 @@ class PoolServer:
 
     async def _explain(self, session: Session, args: Args) -> dict[str, Any]:
         ns = args.namespace(session.namespaces)
-        chain = chain_from_wire(ns, args.get("chain", dict))
+        chain = await run_in_turns(chain_steps(ns, args.get("chain", dict)))
         assert chain is not None
         limit = args.get("limit", (int, type(None)), None)
         return self.core.explain(ns, chain, limit, operator=self._explain_tenants).as_dict()
 
     async def _checkpoint_hints(self, session: Session, args: Args) -> dict[str, Any]:
         ns = args.namespace(session.namespaces)
-        chain = chain_from_wire(ns, args.get("chain", dict))
+        chain = await run_in_turns(chain_steps(ns, args.get("chain", dict)))
         assert chain is not None
         return self.core.checkpoint_hints(ns, chain, args.integers("insists")).as_dict()
 
@@ -222,7 +231,7 @@ class PoolServer:
 
     async def _lease(self, session: Session, args: Args) -> dict[str, Any]:
         ns = args.namespace(session.namespaces)
-        chain = chain_from_wire(ns, args.get("chain", dict))
+        chain = await run_in_turns(chain_steps(ns, args.get("chain", dict)))
         assert chain is not None
         lease = self.core.lease(ns, chain, args.integer("length"), args.seconds("seconds"))
         session.leases.add(lease.id)
@@ -256,18 +265,29 @@ class PoolServer:
         self._check_open()
         ns = args.namespace(session.namespaces)
         deadline_s = args.seconds("deadline_s")
-        put = self.core.begin_put(
-            ns,
-            chain_from_wire(ns, args.get("chain", (dict, type(None)), None), stores=True),
-            boundary=args.integer("boundary"),
-            start=args.integer("start", 0),
-            checkpoints=args.integers("checkpoints"),
-            request=args.name("request", optional=True),
-            deadline=self.core.clock() + deadline_s,
+        chain = await run_in_turns(chain_steps(ns, args.get("chain", (dict, type(None)), None), stores=True))
+        put = await self._begin(
+            self.core.put_steps(
+                ns,
+                chain,
+                boundary=args.integer("boundary"),
+                start=args.integer("start", 0),
+                checkpoints=args.integers("checkpoints"),
+                request=args.name("request", optional=True),
+                deadline=self.core.clock() + deadline_s,
+            )
         )
         return self._receive(
             session, put, deadline_s, layout=ns.layout, block_tokens=ns.block_tokens, progress=put.progress
         )
+
+    async def _begin(self, steps: Steps[T]) -> T:
+        """Begin a put in turns with everything else; it counts as in progress meanwhile."""
+        self._puts += 1
+        try:
+            return await run_in_turns(steps)
+        finally:
+            self._puts -= 1
 
     async def _put_objects(self, session: Session, args: Args) -> dict[str, Any]:
         """Small objects come with the call; others in a transfer, and their checksums with it or in a call of their own before the seal."""
@@ -282,8 +302,10 @@ class PoolServer:
         if data is not None and len(data) != sum(sizes):
             raise ManifestError(f"put_objects: {len(data)} bytes of objects of {sum(sizes)} bytes")
         deadline_s = args.seconds("deadline_s")
-        put = self.core.begin_put_flat(
-            session.tenant, dict(zip(keys, sizes, strict=True)), deadline=self.core.clock() + deadline_s
+        put = await self._begin(
+            self.core.put_flat_steps(
+                session.tenant, dict(zip(keys, sizes, strict=True)), deadline=self.core.clock() + deadline_s
+            )
         )
         if sums is not None:
             put.checksums = dict(zip(keys, sums, strict=True))
@@ -396,7 +418,7 @@ class PoolServer:
         request = args.name("request", optional=True)
         transfer = args.name("transfer")
         assert transfer is not None
-        chain = chain_from_wire(ns, args.get("chain", (dict, type(None)), None))
+        chain = await run_in_turns(chain_steps(ns, args.get("chain", (dict, type(None)), None)))
         while True:
             early = request is not None and not self.core.request_known(session.tenant, request)
             try:
@@ -442,7 +464,7 @@ class PoolServer:
         """Where the bytes of a get lie, for a client that maps the memory; nothing is pinned."""
         self._check_lends()
         ns = args.namespace(session.namespaces)
-        chain = chain_from_wire(ns, args.get("chain", dict))
+        chain = await run_in_turns(chain_steps(ns, args.get("chain", dict)))
         get = self.core.plan_get(
             ns, chain, boundary=args.integer("boundary"), start=args.integer("start", 0), deadline=self.core.clock() + 1
         )

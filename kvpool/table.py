@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from kvtransport.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ._native import KeyTable, which
+    from ._native import KeyTable, ancestors, which
 else:
     try:
-        from ._native import KeyTable, which
+        from ._native import KeyTable, ancestors, which
     except ImportError as error:
         if os.environ.get("KVTRANSPORT_REQUIRE_NATIVE") == "1":
             raise ConfigError(
@@ -19,9 +19,9 @@ else:
                 "Python's headers (gcc, python3-dev), then reinstall or run 'python setup.py build_ext --inplace'; or unset "
                 "the variable to use the slower pure-Python twin"
             ) from error
-        from ._pure_table import KeyTable, which
+        from ._pure_table import KeyTable, ancestors, which
 
-__all__ = ["KeyTable", "new_table", "which"]
+__all__ = ["KeyTable", "ancestors", "new_table", "which"]
 
 
 def new_table() -> KeyTable:

@@ -191,6 +191,30 @@ static PyObject *keytable_key(PyObject *object, PyObject *argument) {
     return PyBytes_FromStringAndSize((const char *)key.data, (Py_ssize_t)key.length);
 }
 
+static PyObject *keytable_keys(PyObject *object, PyObject *argument) {
+    const kv_keytable *table = &((KeyTable *)object)->table;
+    Py_buffer buffer;
+    if (numbers_get(&buffer, argument, 0, PyBUF_SIMPLE) < 0) return NULL;
+    const int32_t *numbers = buffer.buf;
+    Py_ssize_t count = buffer.len / 4;
+    PyObject *list = PyList_New(count);
+    for (Py_ssize_t i = 0; list && i < count; i++) {
+        PyObject *item = NULL;
+        if (kv_keytable_live(table, numbers[i])) {
+            kv_key key = kv_keytable_key(table, (uint32_t)numbers[i]);
+            item = PyBytes_FromStringAndSize((const char *)key.data, (Py_ssize_t)key.length);
+        } else {
+            not_live(numbers[i]);
+        }
+        if (!item || PyList_SetItem(list, i, item) < 0) {
+            Py_DECREF(list);
+            list = NULL;
+        }
+    }
+    PyBuffer_Release(&buffer);
+    return list;
+}
+
 static PyObject *keytable_get(PyObject *object, PyObject *argument) {
     kv_key key;
     int32_t number;
@@ -239,6 +263,8 @@ static PyMethodDef keytable_methods[] = {
      "remove_all($self, numbers, /)\n--\n\nForget keys, in order; ValueError at the first number that has none."},
     {"remove", keytable_remove, METH_O, "remove($self, number, /)\n--\n\nForget a key; its number is given out again."},
     {"key", keytable_key, METH_O, "key($self, number, /)\n--\n\nThe key with this number."},
+    {"keys", keytable_keys, METH_O,
+     "keys($self, numbers, /)\n--\n\nThe keys with these numbers; ValueError when one of them has none."},
     {"get", keytable_get, METH_O, "get($self, key, /)\n--\n\nIts number, or -1."},
     {NULL, NULL, 0, NULL},
 };
@@ -266,7 +292,33 @@ static PyType_Spec keytable_spec = {
     .slots = keytable_slots,
 };
 
+static PyObject *ancestors(PyObject *module, PyObject *args) {
+    (void)module;
+    PyObject *all, *room;
+    Py_buffer parents, out;
+    long node;
+    if (!PyArg_ParseTuple(args, "OlO:ancestors", &all, &node, &room)) return NULL;
+    if (numbers_get(&parents, all, 0, PyBUF_SIMPLE) < 0) return NULL;
+    if (numbers_get(&out, room, 0, PyBUF_WRITABLE) < 0) {
+        PyBuffer_Release(&parents);
+        return NULL;
+    }
+    const int32_t *above = parents.buf;
+    int32_t *found = out.buf;
+    size_t count = (size_t)parents.len / 4, most = (size_t)out.len / 4, done = 0;
+    while (node >= 0 && (size_t)node < count && done < most && above[node] >= 0) {
+        node = above[node];
+        found[done++] = (int32_t)node;
+    }
+    PyBuffer_Release(&parents);
+    PyBuffer_Release(&out);
+    return PyLong_FromSize_t(done);
+}
+
 static PyMethodDef functions[] = {
+    {"ancestors", ancestors, METH_VARARGS,
+     "ancestors($module, parents, node, out, /)\n--\n\n"
+     "The nearest ancestors of a node into out, as far as it has room or they go (a parent below 0); how many they are."},
     {"which", kv_which, METH_VARARGS, kv_which_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -136,7 +136,10 @@ class Policy(Protocol):
         """An entry of this rank went."""
 
     def learn(self, sequence: Stored) -> None:
-        """A sequence was stored."""
+        """A sequence was stored. What takes long of learning from it is left to :meth:`work`."""
+
+    def work(self) -> bool:
+        """A step of what is left of learning, a millisecond at most; whether more is left."""
 
     def describe(self) -> dict[str, Any]:
         """What it has learnt, for people: plain values by name."""

@@ -48,5 +48,8 @@ class Lru:
     def learn(self, sequence: Stored) -> None:
         pass
 
+    def work(self) -> bool:
+        return False
+
     def describe(self) -> dict[str, Any]:
         return {}

@@ -15,6 +15,7 @@ All weights are in units of *span*: the ticks in which traffic fills the pool on
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,9 @@ from .shadow import Shadow, Shown
 
 HALF_LIFE = 2_000
 """Sequences after which what was learnt counts half."""
+FADE = 0.5 ** (1 / HALF_LIFE)
+MAX_WAITING = 64
+"""Sequences that wait to be replayed; more are replayed at once."""
 WARM = 200
 """Sequences to see before the weights are changed."""
 SHADOW_SEGMENTS = 1 << 15
@@ -78,6 +82,7 @@ class Marconi(Lru):
         self._candidates = candidates
         self._continuing = Continuing()
         self._shadows: list[Shadow] = []
+        self._waiting: deque[tuple[int, Shown]] = deque()
         self._scores = np.zeros(len(candidates))
         self._asked = 0.0
         self._seen = 0
@@ -133,7 +138,20 @@ class Marconi(Lru):
             size = int(self._capacity * self._share)
             self._shadows = [Shadow(w.alpha, w.beta, size) for w in self._candidates]
         if tag < self._share * (1 << 32):
-            self._try_candidates(sequence)
+            while len(self._waiting) >= MAX_WAITING * len(self._candidates):
+                self.work()
+            self._show(sequence)
+
+    def work(self) -> bool:
+        """Replay the oldest sequence that waits on one more candidate's shadow."""
+        if self._waiting:
+            i, shown = self._waiting.popleft()
+            if i == 0:
+                self._asked = self._asked * FADE + sum(shown.tokens)
+            self._scores[i] = self._scores[i] * FADE + self._shadows[i].request(shown)
+            if i + 1 == len(self._candidates):
+                self._choose()
+        return bool(self._waiting)
 
     def describe(self) -> dict[str, Any]:
         tried = [
@@ -143,8 +161,8 @@ class Marconi(Lru):
         chosen = {"alpha": self.weights.alpha, "beta": self.weights.beta, "tuned": self.tuned}
         return {**chosen, "candidates": tried if self.tuned else []}
 
-    def _try_candidates(self, sequence: Stored) -> None:
-        """Replay the sequence on every shadow; take the weights of the best when it is better by the margin."""
+    def _show(self, sequence: Stored) -> None:
+        """Have the sequence replayed on every shadow."""
         mean = self._logs / self._count if self._count else 0.0
         shown = Shown(
             [hash(key) for key in sequence.keys],
@@ -155,10 +173,10 @@ class Marconi(Lru):
             sequence.needs_ends,
             self._continuing.odds(sequence.kind),
         )
-        fade = 0.5 ** (1 / HALF_LIFE)
-        self._asked = self._asked * fade + sum(sequence.tokens)
-        for i, shadow in enumerate(self._shadows):
-            self._scores[i] = self._scores[i] * fade + shadow.request(shown)
+        self._waiting += [(i, shown) for i in range(len(self._candidates))]
+
+    def _choose(self) -> None:
+        """A sequence was replayed everywhere: take the weights of the best when it is better by the margin."""
         self._seen += 1
         if self._seen >= WARM:
             best = int(np.argmax(self._scores))

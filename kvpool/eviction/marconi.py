@@ -138,7 +138,7 @@ class Marconi(Lru):
             size = int(self._capacity * self._share)
             self._shadows = [Shadow(w.alpha, w.beta, size) for w in self._candidates]
         if tag < self._share * (1 << 32):
-            while len(self._waiting) >= MAX_WAITING * len(self._candidates):
+            while len(self._waiting) > (MAX_WAITING - 1) * len(self._candidates):
                 self.work()
             self._show(sequence)
 

@@ -338,7 +338,7 @@ async def connect(
     host: str,
     port: int,
     *,
-    connections: int = 4,
+    connections: int | None = None,
     config: EndpointConfig | None = None,
     network: Network | None = None,
     entropy: Callable[[int], bytes] = os.urandom,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @overload
 async def connect(
-    target: str, port: int, *, connections: int = 4, config: EndpointConfig | None = None
+    target: str, port: int, *, connections: int | None = None, config: EndpointConfig | None = None
 ) -> PoolClient: ...
 @overload
 async def connect(target: str | Sequence[str], port: None = None, **options: Any) -> ClusterPool: ...

@@ -115,7 +115,7 @@ class SyncPool:
 
 
 def connect(
-    host: str, port: int, *, connections: int = 4, config: EndpointConfig | None = None, timeout_s: float = 30.0
+    host: str, port: int, *, connections: int | None = None, config: EndpointConfig | None = None, timeout_s: float = 30.0
 ) -> SyncPool:
     """Connect to a kvpoold; errors as in :func:`kvpool.client.connect`."""
     thread = loop_thread()

@@ -6,10 +6,11 @@ from .endpoint import Endpoint, EndpointConfig
 from .errors import KVError
 from .flow.spilling import SpillPolicy, WhenFull
 from .layout import CacheGroup, CacheLayout, Extent, GroupKind, Span, TensorSpec
-from .link import Link, LinkTelemetry
+from .link import Link
 from .manifest import Manifest, new_transfer_id
 from .receiver import Expectation, Receiver
 from .sender import Sender
+from .telemetry import LinkTelemetry
 from .transfer import Handover, IncomingTransfer, OutgoingTransfer, TransferStats
 
 __all__ = [

@@ -111,6 +111,13 @@ class AnyConnection(Protocol):
     def send_control(self, frame: bytes) -> None:
         """Queue a whole control frame; it goes out before the next data frame."""
 
+    @property
+    def parked(self) -> bool:
+        """It takes no chunk; control frames only."""
+
+    def park(self, parked: bool) -> None:
+        """Take no chunk from now on (the one being sent goes on), or take them again."""
+
     def flush(self) -> None:
         """Get queued control frames out as far as the stream takes them now."""
 
@@ -138,6 +145,7 @@ class Connection:
         self.closed = False
         self.established = False
         """Its handshake is over: whoever is at the other end speaks this protocol."""
+        self.parked = False
         self.last_heard = now
         self.last_ping = now
         self.received_bytes = 0
@@ -294,6 +302,9 @@ class Connection:
             self.fail(
                 LimitError(f"{self.stream.peer} does not read: {self._control_bytes} bytes of control frames wait")
             )
+
+    def park(self, parked: bool) -> None:
+        self.parked = parked  # whoever unparks it schedules the lanes
 
     def swap_source(self, pages: PageList) -> None:
         """Send the rest of the current data frame from ``pages`` (the same bytes, elsewhere)."""

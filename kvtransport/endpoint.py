@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -17,6 +17,7 @@ from .engine.base import Lanes
 from .engine.native import Engine
 from .engine.python import PythonLanes
 from .errors import (
+    ConfigError,
     ConnectError,
     Fault,
     HandshakeError,
@@ -25,11 +26,13 @@ from .errors import (
     PeerLostError,
     ProtocolError,
 )
+from .flow.addresses import Addresses, Pair
 from .flow.spilling import SpillPolicy
 from .identity import Token, TokenStore
 from .io.base import ByteStream, Listener, Network
 from .io.tcp import TcpOptions, address_of
 from .link import Link
+from .pacing import TenantPacer
 from .receiver import Expectation, Receiver
 from .spill import SpillArea
 from .tls import TlsConfig
@@ -52,6 +55,8 @@ class EndpointConfig:
     are those it accepts; whoever dials in proves one, or shows a client certificate. ``insecure`` must be True to listen
     on, or dial to, an address beyond loopback without that. A link without a connection is dialled again, or
     waited for, for ``reconnect_s``; its transfers stay as they are meanwhile (0: a lost link has ended).
+    ``chunk_bytes``: of a chunk, None: what suits the path. ``link_bytes_per_s`` caps what this side sends on a link
+    (:meth:`.link.Link.cap`), ``tenant_bytes_per_s`` what a tenant's transfers send together (:meth:`Endpoint.cap_tenant`).
     ``io_threads`` move the bytes of TCP connections (None: half the cores; 0: the event loop does, in Python).
     ``coding``: lossless, of bfloat16 caches, chunk by chunk where it pays on the link now ("auto"), never ("off"), or whatever
     shrinks ("always", for tests); both sides must want it. ``codecs`` names them, first choice first; empty: those that are there.
@@ -72,7 +77,9 @@ class EndpointConfig:
     max_waiting_opens: int = 1_024
     max_waiting_bytes: int = 64 << 20
     max_expected: int = 65_536
-    chunk_bytes: int = 1 << 20
+    chunk_bytes: int | None = None
+    link_bytes_per_s: float | None = None
+    tenant_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     io_threads: int | None = None
     coding: Literal["auto", "off", "always"] = "auto"
     codecs: tuple[str, ...] = ()
@@ -108,9 +115,11 @@ class Endpoint:
         """Told of each (peer, why); whoever logs them bounds the lines."""
         self.admission = Admission(self.config, self._refuse)
         self.codecs = () if self.config.coding == "off" else choose_codecs(self.config.codecs)
+        self.pacer = TenantPacer(self.config.tenant_bytes_per_s)
         self._is_real = network is None
         self._network: Network = network or self.admission.network()
         self._engine = Engine.make(self.config.io_threads) if self._is_real and self.admission.native else None
+        self.io_threads = 1 if self._engine is None else self._engine.threads
         self._listeners: list[Listener] = []
         self._given_up: OrderedDict[bytes, bytes] = OrderedDict()
         """The answer to an OPEN that comes too late. (Not the error: its traceback would keep the caller's buffers.)"""
@@ -135,6 +144,12 @@ class Endpoint:
     def links(self) -> tuple[Link, ...]:
         return tuple(self._links.values())
 
+    def cap_tenant(self, tenant: str, bytes_per_s: float | None) -> None:
+        """All transfers that name ``tenant`` send at most so many payload bytes a second from here, on all links together;
+        those that have something to send share it equally. None: no cap. Raises ConfigError for a rate that is not above 0.
+        """
+        self.pacer.cap(tenant, bytes_per_s)
+
     # -- reaching and being reached ------------------------------------------------------------
 
     async def listen(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
@@ -148,86 +163,63 @@ class Endpoint:
         self._listeners.append(listener)
         return listener.host, listener.port
 
-    async def connect(self, host: str, port: int, *, connections: int = 4) -> Link:
-        """Dial a peer with ``connections`` TCP connections.
+    async def connect(
+        self,
+        host: str | Sequence[str],
+        port: int,
+        *,
+        connections: int | None = None,
+        local: Sequence[str] = (),
+    ) -> Link:
+        """Dial a peer with ``connections`` TCP connections; None: as many as suit the path, and others when it changes.
+
+        Several addresses of the peer (``host``) and of this machine (``local``): connections are spread over them, the
+        first local with the first remote one and so on; those that do not answer are left out and tried again.
 
         Raises ConnectError (nobody answers), TlsError, HandshakeError or VersionError (the peer refuses, or is not whom
         its certificate should name), InsecureBindError.
         """
+        hosts = (host,) if isinstance(host, str) else tuple(host)
+        if not hosts:
+            raise ConfigError("a link needs at least one address of its peer")
         if self._is_real:
-            self.admission.check_dial(host)
+            for each in hosts:
+                self.admission.check_dial(each)
         if self.closed:
             raise _closing()
-        if not 1 <= connections <= self.config.max_connections_per_link:
+        if connections is not None and not 1 <= connections <= self.config.max_connections_per_link:
             raise LimitError(
                 f"a link has 1 to {self.config.max_connections_per_link} connections, asked for {connections}",
                 fault=Fault.LOCAL,
             )
-        link_id = self._entropy(16)
-        made: list[Link] = []
+        dialling = _Dialling(self, Addresses(hosts, local), port, connections)
+        return await dialling.link()
 
-        def join(handshake: _Handshake) -> None:
-            # Called as soon as the peer's HELLO is there: its next frame may follow in the same read.
-            hello = handshake.machine.peer
-            assert hello is not None
-            if not made:
-                made.append(Link(self, link_id, hello, handshake.connection.stream.peer, dialled=True))
-                self._links[link_id] = made[0]
-            if made[0].closed:
-                raise ConnectError("the link was given up while it was dialled")
-            made[0].join(handshake.connection, handshake.machine)
-
-        try:
-            await self._dial(host, port, link_id, 0, connections, None, join)
-            link = made[0]
-            async with asyncio.TaskGroup() as group:
-                for i in range(1, connections):
-                    group.create_task(self._dial(host, port, link_id, i, connections, link.peer_incarnation, join))
-        except BaseException as error:
-            for link in made:
-                await link.close()
-            if isinstance(error, BaseExceptionGroup):
-                raise error.exceptions[0] from None
-            raise
-
-        def rejoin(handshake: _Handshake) -> None:
-            if link.closed:
-                raise ConnectError("the link has ended")
-            link.join(handshake.connection, handshake.machine)
-
-        async def redial(index: int) -> None:
-            await self._dial(host, port, link_id, index, connections, link.peer_incarnation, rejoin)
-
-        link.redial(redial)
-        return link
-
-    async def _dial(
-        self,
-        host: str,
-        port: int,
-        link_id: bytes,
-        index: int,
-        count: int,
-        peer_incarnation: bytes | None,
-        join: Callable[[_Handshake], None],
-    ) -> None:
-        stream = await self._network.connect(host, port)
+    async def dial(self, pair: Pair, port: int, handshake: Callable[[ByteStream], _Handshake]) -> None:
+        """One connection: a stream over ``pair``, then what ``handshake`` makes of it. Raises KVError."""
+        local, host = pair
+        connecting = self._network.connect(host, port) if local is None else self._network.connect(host, port, local=local)
+        stream = await connecting
         if self.closed:
             stream.abort()
             raise _closing()
-        machine = ConnectionMachine(Role.DIAL, incarnation=self.incarnation, peer_incarnation=peer_incarnation)
         try:
-            handshake = _Handshake(self, stream, machine, join)
+            begun = handshake(stream)
         except OSError as error:
             raise ConnectError(f"cannot use this connection to {stream.peer}: {error.strerror or error}") from error
-        handshake.connection.index = index
         try:
-            handshake.start()
-            handshake.say_hello(link_id, index, count, **self.admission.present(stream, link_id, index))
-            await handshake.done
+            begun.start()
+            begun.present()
+            await begun.done
         except asyncio.CancelledError:
-            handshake.connection.fail(ConnectError("dialling was given up"))
+            begun.connection.fail(ConnectError("dialling was given up"))
             raise
+
+    def new_link_id(self) -> bytes:
+        return self._entropy(16)
+
+    def add_link(self, link: Link) -> None:
+        self._links[link.id] = link
 
     def _accept(self, stream: ByteStream) -> None:
         if self.closed or not self.admission.gate.enter(address_of(stream.peer)):
@@ -265,7 +257,7 @@ class Endpoint:
             if len(self._links) >= self.config.max_links:
                 raise LimitError(f"{self.config.max_links} links are open here already", retryable=True)
         else:
-            if hello.incarnation != link.peer_incarnation or hello.index >= link.wanted or link.dialled:
+            if hello.incarnation != link.peer_incarnation or link.dialled:
                 raise HandshakeError("the connection does not belong to the link it names")
             if identity != link.identity:
                 raise HandshakeError("the connection is somebody else's than the link it names")
@@ -280,9 +272,9 @@ class Endpoint:
         if link is not None:
             link.join(handshake.connection, handshake.machine)
             return
-        link = Link(self, hello.link, hello, handshake.connection.stream.peer, dialled=False)
+        link = Link(self, hello.link, hello, handshake.connection.stream, dialled=False)
         link.identity = identity
-        self._links[hello.link] = link
+        self.add_link(link)
         link.join(handshake.connection, handshake.machine)
         if self.on_link is not None:
             self.on_link(link)
@@ -437,6 +429,7 @@ class Endpoint:
             await link.close()
         for receiver, _ in list(self._expected.values()):
             await receiver.cancel("the endpoint was closed")
+        self.pacer.close()
         self.spill_area.close()
         if self._engine is not None:
             self._engine.close()
@@ -462,6 +455,8 @@ class _Handshake:
         self.machine = machine
         stranger = machine.role is Role.ACCEPT
         self.connection = endpoint.new_connection(stream, self, STRANGER_LIMITS if stranger else endpoint.config.limits)
+        self.joins: tuple[bytes, int, int] = (bytes(16), 0, 1)
+        """Link, place, places: what the dialling side says."""
         self.done: asyncio.Future[None] = loop.create_future()
         self.done.add_done_callback(lambda f: f.cancelled() or f.exception())
         self._timer = loop.call_later(endpoint.config.handshake_timeout_s, self._expired)
@@ -469,6 +464,12 @@ class _Handshake:
 
     def start(self) -> None:
         self.connection.start()
+
+    def present(self) -> None:
+        """The dialling side's HELLO."""
+        link, index, count = self.joins
+        proof = self._endpoint.admission.present(self.connection.stream, link, index)
+        self.say_hello(link, index, count, **proof)
 
     def say_hello(self, link: bytes, index: int, count: int, **proof: Any) -> None:
         config = self._endpoint.config
@@ -523,6 +524,87 @@ class _Handshake:
         self._endpoint.handshake_over(self, error)
         if not self.done.done():
             self.done.set_exception(error)
+
+
+class _Dialling:
+    """The dialling side of one link: makes its connections, at first and later."""
+
+    def __init__(self, endpoint: Endpoint, addresses: Addresses, port: int, count: int | None) -> None:
+        self._endpoint = endpoint
+        self._addresses = addresses
+        self._port = port
+        self._count = count
+        self._id = endpoint.new_link_id()
+        self._peer: bytes | None = None
+        """Its incarnation, once it is known."""
+        self._link: Link | None = None
+        self._loop = asyncio.get_running_loop()
+
+    async def link(self) -> Link:
+        try:
+            await self.dial(0)
+            assert self._link is not None
+            await self._others(self._link)
+        except BaseException as error:
+            if self._link is not None:
+                await self._link.close()
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from None
+            raise
+        self._link.redial(self.dial, self._addresses)
+        return self._link
+
+    async def _others(self, link: Link) -> None:
+        if self._count is None:
+            await link.tuner.start(self.dial)
+            return
+        link.wanted = self._count
+        async with asyncio.TaskGroup() as group:
+            for index in range(1, self._count):
+                group.create_task(self.dial(index))
+
+    async def dial(self, index: int) -> None:
+        """Make the connection in place ``index`` over whichever addresses answer. Raises KVError."""
+        tried: list[Pair] = []
+        last: KVError | None = None
+        while (pair := self._addresses.pick(self._loop.time(), tried)) is not None:
+            tried.append(pair)
+            self._addresses.use(index, pair)
+            try:
+                await self._endpoint.dial(pair, self._port, lambda stream: self._handshake(stream, index))
+            except ConnectError as error:
+                self._addresses.left(index)
+                self._addresses.failed(pair, self._loop.time())
+                last = error
+            except BaseException:
+                self._addresses.left(index)
+                raise
+            else:
+                self._addresses.works(pair)
+                return
+        assert last is not None
+        raise last
+
+    def _handshake(self, stream: ByteStream, index: int) -> _Handshake:
+        link = self._link
+        machine = ConnectionMachine(Role.DIAL, incarnation=self._endpoint.incarnation, peer_incarnation=self._peer)
+        handshake = _Handshake(self._endpoint, stream, machine, self._join)
+        handshake.connection.index = index
+        handshake.joins = self._id, index, max(self._count or 0, index + 1, 0 if link is None else link.wanted)
+        return handshake
+
+    def _join(self, handshake: _Handshake) -> None:
+        # Called as soon as the peer's HELLO is there: its next frame may follow in the same read.
+        hello = handshake.machine.peer
+        assert hello is not None
+        if self._link is None:
+            stream = handshake.connection.stream
+            self._link = Link(self._endpoint, self._id, hello, stream, dialled=True, connections=self._count)
+            self._peer = hello.incarnation
+            self._endpoint.add_link(self._link)
+        if self._link.closed:
+            raise ConnectError("the link has ended, or was given up while it was dialled")
+        self._link.join(handshake.connection, handshake.machine)
 
 
 def _closing() -> KVError:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .coding import LinkCoding
 from .connection import AnyConnection
 from .errors import (
+    ConfigError,
     DeadlineError,
     Fault,
     KVError,
@@ -24,15 +24,19 @@ from .errors import (
     ProtocolError,
     RemoteError,
 )
+from .flow.addresses import Addresses
 from .flow.backoff import Backoff
 from .flow.keepalive import Keepalive, Verdict
 from .flow.stalls import Stalls
-from .flow.telemetry import PathMeter, PathSummary
+from .flow.tuning import MOST, Tuning, window_for
 from .identity import Identity
+from .io.base import ByteStream
 from .manifest import Manifest
 from .receiver import Receiver
 from .reconnect import Reconnect
 from .sender import Sender
+from .telemetry import LinkMeter, LinkTelemetry
+from .tuner import RETIRE, WANT, Tuner
 from .wire import bodies
 from .wire.frames import Flag, FrameType, Header, decode_control, encode_control
 from .wire.state import ConnectionMachine, ConnectionState
@@ -53,52 +57,24 @@ MAX_FINISHED = 4_096
 """Transfers that ended here and may still have frames on their way."""
 
 
-@dataclass(frozen=True, slots=True)
-class LinkTelemetry:
-    """What a link knows of itself. Sizes in bytes since the link was made, times in seconds, rates in bytes per second.
-
-    What only the system can know (rates, round trips, loss) is there for TCP on Linux; elsewhere None or 0.
-    """
-
-    peer: str
-    connections: int
-    sent_bytes: int
-    received_bytes: int
-    unsent_bytes: int
-    """Taken by the operating system and not acknowledged by the peer."""
-    spilled_bytes: int
-    """In transfer-cache blocks of this process now."""
-    outgoing: int
-    incoming: int
-    rtt_s: float | None
-    """The smallest of the connections' smoothed round trips now."""
-    min_rtt_s: float | None = None
-    """The smallest round trip seen."""
-    rtt_inflation: float = 1.0
-    """The first over the second: what queues on the path add."""
-    goodput: float = 0.0
-    """Sent in the last seconds."""
-    available: float = 0.0
-    """An estimate of what the path would carry: what it did deliver at best in the last seconds, so a lower bound for a
-    link with little to send."""
-    loss: float = 0.0
-    """Share of bytes that were sent again."""
-    limited_by_sender_s: float = 0.0
-    """Of its life: nothing was on its way."""
-    limited_by_receiver_s: float = 0.0
-    """The peer's windows were full."""
-    limited_by_network_s: float = 0.0
-    """Bytes were on their way, as many as the path and the buffers took."""
-
-
 class Link:
     """Made by :meth:`kvtransport.endpoint.Endpoint.connect`, or by a peer that dials in."""
 
-    def __init__(self, endpoint: Endpoint, link_id: bytes, hello: bodies.Hello, peer: str, *, dialled: bool) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        link_id: bytes,
+        hello: bodies.Hello,
+        stream: ByteStream,
+        *,
+        dialled: bool,
+        connections: int | None = None,
+    ) -> None:
+        """``connections``: how many were asked for; None: what suits the path, as its first connection ``stream`` has it."""
         self._endpoint = endpoint
         self._loop = asyncio.get_running_loop()
         self.id = link_id
-        self.peer = peer
+        self.peer = stream.peer
         self.peer_name = hello.name
         self.peer_incarnation = hello.incarnation
         self.identity: Identity | None = None
@@ -124,15 +100,36 @@ class Link:
         self._serving: set[asyncio.Task[None]] = set()
         self._sent_before = 0
         self._received_before = 0
+        self._arrived = 0
+        self._arriving = 0.0
         self._stalls: Stalls[AnyConnection] = Stalls()
-        self._meter = PathMeter(self._loop.time())
+        self._meter = LinkMeter(self._loop.time())
         config = endpoint.config
+        self.most_connections = config.max_connections_per_link
+        first = stream.info()
+        self.tuner = Tuner(
+            self,
+            Tuning(
+                None if first is None else first.min_rtt_s,
+                io_threads=endpoint.io_threads,
+                most=min(MOST, self.most_connections),
+                fixed_connections=connections,
+            ),
+            fixed=connections is not None,
+            fixed_congestion=config.tcp.congestion is not None,
+        )
+        if config.link_bytes_per_s is not None:
+            self.cap(config.link_bytes_per_s)
         self._keepalive = Keepalive(config.keepalive_s, config.dead_after_s)
         self._watch = self._loop.call_later(self._keepalive.poll_s, self._judge)
         self._reconnect = Reconnect(self, config.reconnect_s, Backoff(), endpoint.random)
         self._joined: set[int] = set()
         """Places in which there has been a connection."""
         self._leaving: list[asyncio.Future[None]] = []
+        self._verbs = {
+            WANT: lambda link, args: self.tuner.on_want(args),
+            RETIRE: lambda link, args: self.tuner.on_retire(args),
+        }
         self._rejoined: asyncio.Future[None] | None = None
         """Somebody waits for a connection."""
 
@@ -159,10 +156,12 @@ class Link:
         priority: int = 0,
         chunk_bytes: int | None = None,
         checksum: bool = True,
+        tenant: str = "",
     ) -> Sender:
         """Open a transfer to the peer; returns at once, units may be handed over before it is accepted.
 
-        ``deadline_s``: the transfer fails with DeadlineError when it is not sealed by then. Raises the link's
+        ``deadline_s``: the transfer fails with DeadlineError when it is not sealed by then. ``tenant``: whose cap
+        (:meth:`.endpoint.Endpoint.cap_tenant`) it counts in. Raises the link's
         error when the link has ended, ProtocolError when the transfer is open already.
         """
         self._check()
@@ -174,7 +173,7 @@ class Link:
             manifest,
             deadline_s=deadline_s,
             priority=priority,
-            chunk_bytes=chunk_bytes or config.chunk_bytes,
+            chunk_bytes=chunk_bytes or config.chunk_bytes or self.tuner.choice.chunk_bytes,
             checksum=checksum,
             spill=config.spill,
             area=self._endpoint.spill_area,
@@ -182,6 +181,8 @@ class Link:
         )
         self._finished.pop(manifest.transfer, None)
         self._outgoing[manifest.transfer] = sender
+        self._endpoint.pacer.join(sender, tenant)
+        self.tuner.busy()
         return sender
 
     async def call(
@@ -211,33 +212,17 @@ class Link:
             self._calls.pop(number, None)
 
     def telemetry(self) -> LinkTelemetry:
-        live = [c for c in self.connections if not c.closed]
-        sent = self._sent_before + sum(c.sent_bytes for c in live)
-        unsent = sum(c.stream.unsent_bytes() for c in live)
-        path = self._measure(live, sent, unsent)
-        return LinkTelemetry(
-            peer=self.peer,
-            connections=len(live),
-            sent_bytes=sent,
-            received_bytes=self._received_before + sum(c.received_bytes for c in live),
-            unsent_bytes=unsent,
-            spilled_bytes=self._endpoint.spill_area.used_bytes,
-            outgoing=len(self._outgoing),
-            incoming=len(self._incoming),
-            rtt_s=path.rtt_s,
-            min_rtt_s=path.min_rtt_s,
-            rtt_inflation=path.rtt_inflation,
-            goodput=path.goodput,
-            available=path.available,
-            loss=path.loss,
-            limited_by_sender_s=path.limited_by_sender_s,
-            limited_by_receiver_s=path.limited_by_receiver_s,
-            limited_by_network_s=path.limited_by_network_s,
-        )
+        """What the link does now and why; cheap enough to ask for several times a second."""
+        return self._meter.read(self, self._loop.time())
 
-    def _measure(self, live: list[AnyConnection], sent: int, unsent: int) -> PathSummary:
-        infos = ((c, info) for c in live if (info := c.stream.info()) is not None)
-        return self._meter.sample(self._loop.time(), sent, infos, unsent)
+    def cap(self, bytes_per_s: float | None) -> None:
+        """From now on this side sends at most so many bytes a second on the link, headers and resent bytes included.
+
+        The kernel paces each connection at its share, which is divided again as connections come and go. None: no cap.
+        """
+        if bytes_per_s is not None and bytes_per_s <= 0:
+            raise ConfigError(f"a link is capped at more than 0 bytes a second, got {bytes_per_s:g}")
+        self.tuner.cap(bytes_per_s)
 
     async def close(self) -> None:
         """Close all connections; transfers and calls in progress fail. Idempotent."""
@@ -256,7 +241,8 @@ class Link:
         self.connections.append(connection)
         self._machines[connection] = machine
         self.lanes.join(connection)
-        self._reconnect.joined()
+        self._reconnect.joined(connection.index)
+        self.tuner.joined(connection)
         if connection.index in self._joined:
             # On this very connection: what else there seems to be may be as dead as the one it replaces.
             self._say_again(connection)
@@ -264,9 +250,52 @@ class Link:
         self._wake()
         self.lanes.schedule()
 
-    def redial(self, dial: Callable[[int], Awaitable[None]]) -> None:
+    def redial(self, dial: Callable[[int], Awaitable[None]], addresses: Addresses) -> None:
         """This side dialled, and dials again what is lost: ``dial(index)`` makes the connection in that place."""
+        self.tuner.dial_with(dial, addresses)
         self._reconnect.dial_with(dial)
+
+    def release(self, index: int) -> None:
+        """The connection in place ``index`` is going to be closed on purpose: nobody dials it again."""
+        self._reconnect.release(index)
+
+    # -- what the tuner asks -------------------------------------------------------------------
+
+    @property
+    def outgoing(self) -> int:
+        """Transfers on their way out."""
+        return len(self._outgoing)
+
+    @property
+    def incoming(self) -> int:
+        return len(self._incoming)
+
+    @property
+    def spilled_bytes(self) -> int:
+        """In transfer-cache blocks of this process now."""
+        return self._endpoint.spill_area.used_bytes
+
+    def sent_bytes(self) -> int:
+        """Since the link was made, headers and resent bytes included."""
+        return self._sent_before + sum(c.sent_bytes for c in self.connections if not c.closed)
+
+    def received_bytes(self) -> int:
+        return self._received_before + sum(c.received_bytes for c in self.connections if not c.closed)
+
+    def delivered_bytes(self) -> int:
+        """Sent, and acknowledged by the peer's system."""
+        return self.sent_bytes() - sum(c.stream.unsent_bytes() for c in self.connections if not c.closed)
+
+    def calls_on(self, connection: AnyConnection) -> int:
+        """Calls of this side whose answer comes by ``connection``."""
+        return sum(on is connection for _, on in self._calls.values())
+
+    def window_bytes(self) -> int:
+        """Credit for a transfer that begins now, from what has been arriving lately."""
+        rtts = [info.rtt_s for c in self.connections if (info := c.stream.info()) is not None]
+        return window_for(self._arriving, min(rtts, default=None))
+
+    # -- losing them ---------------------------------------------------------------------------
 
     @property
     def down(self) -> bool:
@@ -285,6 +314,7 @@ class Link:
         self._machines.pop(connection, None)
         self._sent_before += connection.sent_bytes
         self._received_before += connection.received_bytes
+        self.tuner.left(connection)
         for receiver in list(self._incoming.values()):
             receiver.on_connection_lost(connection)
         for sender in list(self._outgoing.values()):
@@ -318,6 +348,9 @@ class Link:
     def _judge(self) -> None:
         now = self._loop.time()
         self.telemetry()  # so that what is asked for later covers the time since
+        received = self.received_bytes()
+        self._arriving = max((received - self._arrived) / self._keepalive.poll_s, self._arriving / 2)
+        self._arrived = received
         for connection in list(self.connections):
             connection.heard(now)
             verdict = self._keepalive.judge(now, connection.last_heard, connection.last_ping)
@@ -351,7 +384,7 @@ class Link:
         return connection
 
     def _least_busy(self) -> AnyConnection:
-        return min(self.connections, key=lambda c: (c in self._stalls.stalled, c.load))
+        return min(self.connections, key=lambda c: (c.parked, c in self._stalls.stalled, c.load))
 
     # -- receiving -----------------------------------------------------------------------------
 
@@ -429,6 +462,7 @@ class Link:
 
     def forget_sender(self, sender: Sender, last: bytes | None) -> None:
         """``last``: the last word said to the consumer, if this side had it."""
+        self._endpoint.pacer.leave(sender)
         if self._outgoing.pop(sender.transfer, None) is not None:
             self.finish(sender.transfer, last)
 
@@ -460,7 +494,7 @@ class Link:
         task.add_done_callback(self._serving.discard)
 
     async def _answer(self, connection: AnyConnection, number: int, call: bodies.Call) -> None:
-        handler = self._endpoint.handlers.get(call.verb)
+        handler = self._verbs.get(call.verb) or self._endpoint.handlers.get(call.verb)
         try:
             if handler is None:
                 raise ProtocolError(f"this peer has no verb {call.verb!r}")
@@ -509,6 +543,7 @@ class Link:
         self._closed.set_result(None)
         self._watch.cancel()
         self._reconnect.close()
+        self.tuner.close()
         self._wake()
         why = error or PeerLostError("this link was closed by this side", fault=Fault.LOCAL)
         for connection in list(self.connections):

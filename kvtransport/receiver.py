@@ -50,7 +50,7 @@ class Expectation:
     """What a consumer accepts.
 
     ``layout``: the manifest must fit it (None: flat objects, or the grant checks itself). ``window_bytes``
-    bounds what is granted and not yet applied. ``on_range(layer, tensor, start, stop)`` runs after a
+    bounds what is granted and not yet applied (None: what the path needs). ``on_range(layer, tensor, start, stop)`` runs after a
     range was verified; ``on_seal()`` runs before the seal is acknowledged and may raise to refuse it.
     """
 
@@ -58,7 +58,7 @@ class Expectation:
     layout: CacheLayout | None = None
     block_tokens: int = 0
     deadline_s: float = 60.0
-    window_bytes: int = 64 << 20
+    window_bytes: int | None = None
     chunk_bytes: int = 16 << 20
     allow_unchecked: bool = False
     on_range: Callable[[int, int, int, int], None] | None = None
@@ -82,6 +82,7 @@ class Receiver:
         self._manifest: Manifest | None = None
         self._into: Incoming | None = None
         self._chunk_bytes = wanted.chunk_bytes
+        self._window_bytes = 0
         self._last: bytes | None = None
         self._left: dict[int, int] = {}
         self._left_total = 0
@@ -195,11 +196,12 @@ class Receiver:
             self.fail(error)
             return
         self._manifest = manifest
+        self._window_bytes = self._wanted.window_bytes or link.window_bytes()
         self._into = link.lanes.incoming(
             self,
             self.transfer,
             {slot: (granted[slot], extent.nbytes) for slot, extent in manifest.by_slot.items()},
-            window=self._wanted.window_bytes,
+            window=self._window_bytes,
             unchecked=self._wanted.allow_unchecked,
             eager=self._wanted.on_range is not None,
         )
@@ -297,8 +299,8 @@ class Receiver:
             return
         if key in self._decoding:
             return  # a copy of what is here already
-        if sum(self._decoding.values()) + nbytes > max(self._wanted.window_bytes, nbytes):
-            self.fail(LimitError(f"the producer sent more coded bytes than its credit of {self._wanted.window_bytes}"))
+        if sum(self._decoding.values()) + nbytes > max(self._window_bytes, nbytes):
+            self.fail(LimitError(f"the producer sent more coded bytes than its credit of {self._window_bytes}"))
             return
         self._decoding[key] = nbytes
         decoding = asyncio.ensure_future(self._endpoint.work(decode, payload))

@@ -69,7 +69,12 @@ class Reconnect:
         self._start()
         return True
 
-    def joined(self) -> None:
+    def release(self, index: int) -> None:
+        """The connection in place ``index`` is closed on purpose, and not missed."""
+        self._abandoned.add(index)
+
+    def joined(self, index: int) -> None:
+        self._abandoned.discard(index)
         self._joined_s = self._loop.time()
         if self._timer is not None:
             self._timer.cancel()

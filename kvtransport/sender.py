@@ -291,6 +291,10 @@ class Sender:
     def transfer(self) -> bytes:
         return self._manifest.transfer
 
+    def allow(self, limit: int | None) -> None:
+        """Its tenant's cap lets it have sent so many bytes by now (None: there is no cap)."""
+        self._out.allow((1 << 63) - 1 if limit is None else limit)
+
     def on_frame(self, header: Header, payload: bytes) -> None:
         """A control frame of this transfer."""
         self._machine.fire(TransferEvent.received(header))

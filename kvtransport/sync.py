@@ -18,9 +18,10 @@ from typing import Any, Self, TypeVar
 from .buffers import PageList
 from .endpoint import Endpoint, EndpointConfig
 from .errors import DeadlineError, Fault, KVError, TransferError
-from .link import Link, LinkTelemetry
+from .link import Link
 from .manifest import Manifest
 from .receiver import Expectation
+from .telemetry import LinkTelemetry
 from .transfer import Handover, IncomingTransfer, OutgoingTransfer, TransferStats
 
 T = TypeVar("T")
@@ -280,7 +281,7 @@ class SyncEndpoint:
     def listen(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
         return self._thread.run(self._endpoint.listen(host, port))
 
-    def connect(self, host: str, port: int, *, connections: int = 4, timeout_s: float | None = None) -> SyncLink:
+    def connect(self, host: str, port: int, *, connections: int | None = None, timeout_s: float | None = None) -> SyncLink:
         link = self._thread.run(self._endpoint.connect(host, port, connections=connections), timeout_s)
         return SyncLink(self._thread, link)
 

@@ -126,7 +126,7 @@ void kv_kick_group(kv_group *group, size_t chunks) {
     if (!conn) return;
     do {
         kv_conn *next = conn->next_of_group ? conn->next_of_group : group->conns;
-        bool dead = conn->closed || conn->lost || conn->finishing;
+        bool dead = conn->closed || conn->lost || conn->finishing || conn->parked;
         bool enough = conn->full && group->levels && !group->levels->next;
         if (!dead && !enough && !conn->writing && !conn->blocked && !conn->kicked && conn->out == KV_OUT_NONE) {
             kv_kick(conn);
@@ -492,7 +492,7 @@ static bool next_out(kv_conn *conn) {
         conn->out_at = 0;
         return true;
     }
-    return !conn->finishing && kv_take_chunk(conn);
+    return !conn->finishing && !conn->parked && kv_take_chunk(conn);
 }
 
 /* The iovecs of what is left of the frame: head, then bytes of the map, or zeros. */

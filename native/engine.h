@@ -170,6 +170,7 @@ typedef struct kv_outgoing {
     int priority;
     bool checksum, accepted, closed;
     uint64_t chunk_bytes, credit, used, inflight, next_key;
+    uint64_t allowed; /* as credit, but this side's own limit: a capped tenant's */
     kv_out_slot *slots;
     size_t slot_count;
     int64_t tag;
@@ -299,6 +300,7 @@ typedef struct kv_conn {
     int64_t tag;
     uint32_t limits[KV_TYPES];
     bool closed, finishing, shut, lost;
+    bool parked; /* takes no chunk: control frames only */
     bool kicked, writing, sending, receiving, paused;
     bool readable, ending, blocked, writable; /* blocked: until the descriptor says writable, which it may do while we ask */
     uint64_t in_op, out_op;           /* numbers of the operations in progress */

@@ -467,6 +467,18 @@ static PyObject *conn_setsockopt(PyObject *self, PyObject *args) {
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
+/* A parked connection takes no more chunks; it looks for one when it is not any more. */
+static PyObject *conn_park(PyObject *self, PyObject *parked) {
+    int park = PyObject_IsTrue(parked);
+    if (park < 0) return NULL;
+    kv_conn *conn = ((Conn *)self)->conn;
+    kv_lock(conn->engine);
+    conn->parked = park;
+    if (!park && !conn->closed && !conn->lost && !conn->writing && !conn->blocked) kv_kick(conn);
+    kv_unlock(conn->engine);
+    Py_RETURN_NONE;
+}
+
 static PyObject *conn_unsent(PyObject *self, PyObject *unused) {
     (void)unused;
     kv_conn *conn = ((Conn *)self)->conn;
@@ -494,6 +506,7 @@ static PyMethodDef conn_methods[] = {
      "getsockopt($self, level, option, nbytes, /)\n--\n\nb\"\" when it is closed."},
     {"setsockopt", conn_setsockopt, METH_VARARGS,
      "setsockopt($self, level, option, value, /)\n--\n\nNothing happens when it is closed."},
+    {"park", conn_park, METH_O, "park($self, parked, /)\n--\n\nTake no chunk from now on, or take them again."},
     {"unsent", conn_unsent, METH_NOARGS, "unsent($self)\n--\n\nBytes that the peer has not acknowledged."},
     {"stats", conn_stats, METH_NOARGS,
      "stats($self)\n--\n\n(bytes sent, bytes received, control bytes waiting, heard since the last call, load: 0 idle, 1 sending, 2 "
@@ -565,6 +578,7 @@ static PyObject *group_outgoing(PyObject *self, PyObject *args) {
     out->priority = priority;
     out->checksum = checksum;
     out->chunk_bytes = 1;
+    out->allowed = UINT64_MAX;
     memcpy(out->transfer, transfer, 16);
     for (size_t i = 0; i < count; i++) {
         unsigned short layer, tensor;
@@ -743,6 +757,20 @@ static PyObject *outgoing_accept(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *outgoing_allow(PyObject *self, PyObject *limit) {
+    unsigned long long allowed = PyLong_AsUnsignedLongLong(limit);
+    if (allowed == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
+    kv_outgoing *out = ((Outgoing *)self)->out;
+    kv_lock(out->group->engine);
+    if (!out->closed) {
+        out->allowed = allowed;
+        kv_update_turn(out);
+        if (out->level) kv_kick_group(out->group, SIZE_MAX);
+    }
+    kv_unlock(out->group->engine);
+    Py_RETURN_NONE;
+}
+
 static kv_out_slot *slot_of(kv_outgoing *out, unsigned layer, unsigned tensor) {
     kv_out_slot *slot = kv_out_slot_find(out, layer, tensor);
     if (!slot) PyErr_Format(PyExc_KeyError, "layer %u tensor %u", layer, tensor);
@@ -914,6 +942,8 @@ static PyObject *outgoing_close(PyObject *self, PyObject *unused) {
 static PyMethodDef outgoing_methods[] = {
     {"accept", outgoing_accept, METH_VARARGS,
      "accept($self, chunk_bytes, credit, /)\n--\n\nChunks may be cut from now on; credit is absolute."},
+    {"allow", outgoing_allow, METH_O,
+     "allow($self, limit, /)\n--\n\nThis side's own limit of bytes sent since the start, beside credit; none at first."},
     {"add", outgoing_add, METH_VARARGS,
      "add($self, layer, tensor, start, base, pieces, /)\n--\n\nBytes that are ready; returns the key of the span."},
     {"add_coded", outgoing_add_coded, METH_VARARGS,

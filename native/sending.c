@@ -18,7 +18,8 @@ static uint64_t next_cut(const kv_outgoing *out, const kv_span *span) {
 /* Bytes the next cut may have: all, part of at least KV_MIN_CHUNK, or 0. With nothing on its way any part will do. */
 static uint64_t credit_for(const kv_outgoing *out, const kv_span *span) {
     uint64_t wanted = next_cut(out, span);
-    uint64_t left = out->credit > out->used ? out->credit - out->used : 0;
+    uint64_t limit = out->credit < out->allowed ? out->credit : out->allowed;
+    uint64_t left = limit > out->used ? limit - out->used : 0;
     uint64_t n = wanted < left ? wanted : left, least = out->inflight ? KV_MIN_CHUNK : 1;
     if (span->coded) least = wanted; /* all or nothing */
     return n < (wanted < least ? wanted : least) ? 0 : n;
@@ -75,7 +76,7 @@ static void leave_level(kv_outgoing *out) {
 void kv_update_turn(kv_outgoing *out) {
     bool cuttable = out->accepted && out->head, has_credit = false;
     if (cuttable) has_credit = credit_for(out, out->head) > 0;
-    if (cuttable && !has_credit) {
+    if (cuttable && !has_credit && out->allowed >= out->credit) { /* who waits for its allowance does not stall */
         if (!out->stalled_since) out->stalled_since = kv_now_ns();
     } else if (out->stalled_since) {
         out->stalled_ns += kv_now_ns() - out->stalled_since;
@@ -98,7 +99,7 @@ static bool enough(kv_conn *conn) {
     conn->full = false;
     if (!conn->near || conn->group->levels->next) return false;
     uint64_t live = 0;
-    for (const kv_conn *each = conn->group->conns; each; each = each->next_of_group) live += !each->lost && !each->closed;
+    for (const kv_conn *each = conn->group->conns; each; each = each->next_of_group) live += !each->lost && !each->closed && !each->parked;
     conn->full = conn->unacked && conn->unacked * live >= KV_QUEUE_BYTES;
     return conn->full;
 }

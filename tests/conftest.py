@@ -13,6 +13,8 @@ import pytest
 
 from kvtransport.bench import emulator
 from kvtransport.buffers import PageList
+from kvtransport.endpoint import Endpoint, _Dialling
+from kvtransport.flow.addresses import Addresses
 from kvtransport.layout import CacheGroup, CacheLayout, GroupKind, TensorSpec
 from kvtransport.manifest import Manifest, new_transfer_id
 
@@ -139,3 +141,13 @@ def pki(tmp_path_factory):
     certs.make(directory, subjects)
     certs.make(directory / "other", subjects)
     return directory
+
+
+async def dial_into(
+    endpoint: Endpoint, address: tuple[str, int], link: bytes, *, index: int, peer: bytes | None = None
+) -> None:
+    """Dial a connection that claims to belong to ``link``, whosever that is. Raises what a refusal raises."""
+    host, port = address
+    dialling = _Dialling(endpoint, Addresses([host]), port, 2)
+    dialling._id, dialling._peer = link, peer
+    await dialling.dial(index)

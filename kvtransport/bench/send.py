@@ -119,9 +119,8 @@ async def measure(options: SendOptions, step: Callable[[str], None]) -> dict[str
     empty = Manifest.of_layout(layout, options.tokens, transfer=bytes(16))
     async with Endpoint(EndpointConfig(**settings)) as endpoint:
         step(f"dialling {options.host}:{options.port}")
-        chosen = {} if options.connections is None else {"connections": options.connections}
         dialled = time.monotonic()
-        link = await endpoint.connect(options.host, options.port, **chosen)
+        link = await endpoint.connect(options.host, options.port, connections=options.connections)
         dial_s = time.monotonic() - dialled
         sizes = page_sizes(layout, options.page_bytes, contiguous=options.contiguous)
         memory = CacheMemory(empty, sizes, count=1, seed=2, name="kvbench-send")

@@ -101,6 +101,9 @@ class Outgoing(Protocol):
     def hold(self) -> None:
         """Send nothing until :meth:`accept` is called again."""
 
+    def allow(self, limit: int) -> None:
+        """This side's own limit, absolute as credit is; at first there is none. Bytes sent again do not count."""
+
     def grant(self, credit: int) -> None:
         """Absolute credit; a lower one is an old one."""
 

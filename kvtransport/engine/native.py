@@ -19,7 +19,7 @@ from ..connection import MAX_CONTROL_BYTES, AnyConnection, Owner
 from ..errors import Fault, KVError, LimitError, PeerLostError, ProtocolError
 from ..flow.telemetry import PathInfo
 from ..io import tcp_info
-from ..io.tcp import LAST_WORD_S, TCP_INFO, TcpStream
+from ..io.tcp import LAST_WORD_S, SO_MAX_PACING_RATE, TCP_INFO, TcpStream, pacing_option, set_congestion
 from ..io.tls import TlsStream, alert_error, native_records
 from ..wire import bodies
 from ..wire.frames import HEADER_BYTES, MAGIC, FrameType, Header, Limits, encode_control, unpack_header
@@ -50,8 +50,9 @@ class _Listener(Protocol):
 class Engine:
     """The I/O threads of one endpoint. Belongs to one event loop."""
 
-    def __init__(self, native: _native.Engine) -> None:
+    def __init__(self, native: _native.Engine, threads: int) -> None:
         self._native = native
+        self.threads = threads
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[int, _Listener] = {}
         self._next_tag = 0
@@ -68,7 +69,7 @@ class Engine:
         if NativeEngine is None or threads == 0:
             return None
         count = threads or min(MAX_THREADS, max(1, (os.cpu_count() or 1) // 2))
-        return cls(NativeEngine(count))
+        return cls(NativeEngine(count), count)
 
     def connection(self, stream: TcpStream | TlsStream, owner: Owner, *, limits: Limits) -> EngineConnection:
         return EngineConnection(self, stream, owner, limits)
@@ -140,6 +141,12 @@ class EngineStream:
         name = self._connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
         return name.rstrip(b"\0").decode() or "unknown"
 
+    def set_congestion(self, names: Sequence[str]) -> str | None:
+        return set_congestion(self._connection.setsockopt, names)
+
+    def pace(self, bytes_per_s: float | None) -> None:
+        self._connection.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, pacing_option(bytes_per_s))
+
     def unsent_bytes(self) -> int:
         return self._connection.unsent()
 
@@ -180,6 +187,7 @@ class EngineConnection:
         self.last_heard = self.last_ping = self._loop.time()
         self.stream = EngineStream(self, stream)
         self._heard = False
+        self._parked = False
         self._gone: asyncio.Future[None] = self._loop.create_future()
         self._last_word: asyncio.TimerHandle | None = None
         self._tls: Any = None
@@ -221,6 +229,15 @@ class EngineConnection:
             waiting = self.native.send(frame)
             if waiting > MAX_CONTROL_BYTES:
                 self.fail(LimitError(f"{self.stream.peer} does not read: {waiting} bytes of control frames wait"))
+
+    @property
+    def parked(self) -> bool:
+        return self._parked
+
+    def park(self, parked: bool) -> None:
+        if parked != self._parked and not self.closed:
+            self._parked = parked
+            self.native.park(parked)
 
     def flush(self) -> None:
         """Sending has begun when send_control returned."""
@@ -270,6 +287,9 @@ class EngineConnection:
 
     def getsockopt(self, level: int, option: int, nbytes: int) -> bytes:
         return self.native.getsockopt(level, option, nbytes)
+
+    def setsockopt(self, level: int, option: int, value: bytes) -> None:
+        self.native.setsockopt(level, option, value)
 
     def unsent(self) -> int:
         return self.native.unsent()
@@ -381,6 +401,7 @@ class NativeOutgoing:
         self._tag = engine.listen(self)
         self._native = group.outgoing(transfer, list(slots), self._tag, priority, checksum)
         self.accept = self._native.accept
+        self.allow = self._native.allow
         self.hold = self._native.hold
         self.stalled = self._native.stalled
         self.uncut = self._native.uncut

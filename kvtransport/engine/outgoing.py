@@ -97,6 +97,10 @@ class PythonOutgoing:
     def hold(self) -> None:
         self._open = False
 
+    def allow(self, limit: int) -> None:
+        self._credit.allowed = limit
+        self._lanes.has_work(self)
+
     def grant(self, credit: int) -> None:
         if self._credit.grant(credit):
             self._lanes.has_work(self)
@@ -231,8 +235,8 @@ class PythonOutgoing:
         least = wanted if span.coded else MIN_CHUNK if self._inflight else 1
         n = self._credit.take(wanted, least)
         if n == 0:
-            if self._stalled_since is None:
-                self._stalled_since = self._loop.time()
+            if self._stalled_since is None and self._credit.allowed >= self._credit.limit:
+                self._stalled_since = self._loop.time()  # who waits for its allowance does not stall
             return None
         if self._stalled_since is not None:
             self._stalled_s += self._loop.time() - self._stalled_since

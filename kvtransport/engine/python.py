@@ -81,7 +81,7 @@ class PythonLanes:
     # -- what connections ask ------------------------------------------------------------------
 
     def next_data(self, connection: Connection) -> OutFrame | None:
-        while (outgoing := self._turns.next()) is not None:
+        while not connection.parked and (outgoing := self._turns.next()) is not None:
             frame = outgoing.next_data(connection)
             if frame is not None:
                 return frame

@@ -14,10 +14,12 @@ class SenderCredit:
     def __init__(self) -> None:
         self.limit = 0
         self.used = 0
+        self.allowed = 1 << 63
+        """This side's own limit, absolute too."""
 
     @property
     def left(self) -> int:
-        return self.limit - self.used
+        return max(0, min(self.limit, self.allowed) - self.used)
 
     def grant(self, limit: int) -> bool:
         """Take over an absolute limit; a lower one is an old frame and ignored. True when it moved."""

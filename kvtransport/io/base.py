@@ -6,9 +6,9 @@ Only modules of this package touch sockets.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..buffers import PageList
 from ..errors import KVError
@@ -82,6 +82,20 @@ class ByteStream(Protocol):
         """Bytes taken that the peer has not acknowledged, as far as is known."""
 
 
+@runtime_checkable
+class TunableStream(Protocol):
+    """A stream over a socket of which the system lets more be chosen."""
+
+    def congestion(self) -> str:
+        """The congestion control it runs."""
+
+    def set_congestion(self, names: Sequence[str]) -> str | None:
+        """Run the first of ``names`` that the system allows; returns it, None when it allows none."""
+
+    def pace(self, bytes_per_s: float | None) -> None:
+        """Send at most so fast (None: no limit)."""
+
+
 class Listener(Protocol):
     """A bound port."""
 
@@ -95,8 +109,8 @@ class Listener(Protocol):
 class Network(Protocol):
     """Makes streams. ``options`` of a stream (buffers, congestion control) belong to the implementation."""
 
-    def connect(self, host: str, port: int) -> Awaitable[ByteStream]:
-        """Connect; raises ConnectError naming address and reason. Cancelling leaves no socket behind.
+    def connect(self, host: str, port: int, *, local: str | None = None) -> Awaitable[ByteStream]:
+        """Connect, from the address ``local``; raises ConnectError naming address and reason. Cancelling leaves no socket behind.
 
         The error's cause is a ConnectionRefusedError when the host answers that nobody listens there.
         """

@@ -222,7 +222,7 @@ class MemoryNetwork:
         self.streams: list[tuple[MemoryStream, MemoryStream]] = []
         self._next_port = 40_000
 
-    async def connect(self, host: str, port: int) -> MemoryStream:
+    async def connect(self, host: str, port: int, *, local: str | None = None) -> MemoryStream:
         accept = self.listeners.get((host, port))
         if accept is None:
             raise ConnectError(

@@ -9,32 +9,37 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..buffers import PageList, recv_pages, send_pages
 from ..errors import ConfigError, ConnectError
 from ..flow.gate import Pacer
 from ..flow.telemetry import PathInfo
+from ..flow.tuning import LONG_PATH, congestion_for
 from . import tcp_info
 from .base import TlsSession
 
 TCP_INFO = getattr(socket, "TCP_INFO", 11)
+SO_MAX_PACING_RATE = 47
 _SIOCOUTQ = 0x5411
+log = logging.getLogger("kvtransport")
 LAST_WORD_S = 1.0
 """How long a connection that was refused is kept so that the reason arrives."""
 
 
 @dataclass(frozen=True, slots=True)
 class TcpOptions:
-    """Per-socket settings. None leaves the system's default.
+    """Per-socket settings. None leaves the system's default, and its own sizing of buffers, which goes further.
 
-    ``congestion`` is a name such as "cubic" or "bbr"; a kernel that does not allow it keeps its default.
+    ``congestion`` is a name such as "cubic" or "bbr"; a kernel that does not allow it keeps its default. None: what suits the
+    path (:mod:`kvtransport.flow.tuning`), from the handshake's round trip on.
     ``step_bytes`` bounds the bytes moved per readiness callback and connection, so that no connection starves another.
     """
 
@@ -149,6 +154,15 @@ class TcpStream:
         """The congestion control this socket runs: what was asked for may not be allowed."""
         return "unknown" if self._fd < 0 else congestion_of(self._sock)
 
+    def set_congestion(self, names: Sequence[str]) -> str | None:
+        """Run the first of ``names`` that the system allows; returns it, None when it allows none."""
+        return None if self._fd < 0 else set_congestion(self._sock.setsockopt, names)
+
+    def pace(self, bytes_per_s: float | None) -> None:
+        """Send at most so fast (None: no limit)."""
+        if self._fd >= 0 and sys.platform == "linux":
+            self._sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, pacing_option(bytes_per_s))
+
     def unsent_bytes(self) -> int:
         if self._fd < 0 or sys.platform != "linux":
             return 0
@@ -240,7 +254,7 @@ class TcpNetwork:
         self.options = options or TcpOptions()
         self._pacer = pacer
 
-    async def connect(self, host: str, port: int) -> TcpStream:
+    async def connect(self, host: str, port: int, *, local: str | None = None) -> TcpStream:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.options.connect_timeout_s):
@@ -251,6 +265,8 @@ class TcpNetwork:
                     try:
                         sock.setblocking(False)
                         _size_buffers(sock, self.options)
+                        if local is not None:
+                            sock.bind((local, 0))
                         await loop.sock_connect(sock, address)
                         return TcpStream(sock, loop, self.options)
                     except OSError as error:
@@ -300,16 +316,56 @@ def _size_buffers(sock: socket.socket, options: TcpOptions) -> None:
 
 
 def tune(sock: socket.socket, options: TcpOptions) -> None:
-    """Apply ``options`` to a TCP socket; a congestion control the system does not allow is left as it is."""
+    """Apply ``options`` to a connected TCP socket; a congestion control the system does not allow is left as it is."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if options.congestion is not None and hasattr(socket, "TCP_CONGESTION"):
+    if options.congestion is not None:
+        set_congestion(sock.setsockopt, (options.congestion,))
+    elif sys.platform == "linux":
+        info = tcp_info.parse(sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, tcp_info.BYTES))
+        set_congestion(sock.setsockopt, congestion_for(None if info is None else info.min_rtt_s))
+
+
+_refused: set[str] = set()
+"""Congestion controls this system does not let this process have."""
+
+
+def set_congestion(setsockopt: Callable[[int, int, bytes], None], names: Sequence[str]) -> str | None:
+    """Choose the first of ``names`` that the system allows; returns it, None when it allows none of them.
+
+    Says once per process, as a warning, that BBR is not to be had.
+    """
+    if not hasattr(socket, "TCP_CONGESTION"):
+        return None
+    for name in names:
+        if name in _refused:
+            continue
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, options.congestion.encode())
+            setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+            return name
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EPERM):
                 raise
+            _refused.add(name)
+            if name in LONG_PATH:
+                log.warning(
+                    "%s congestion control is not allowed here: long and lossy paths will carry less. As root: "
+                    "modprobe tcp_%s; sysctl -w net.ipv4.tcp_allowed_congestion_control='reno cubic %s'",
+                    *(name,) * 3,
+                )
+    return None
+
+
+def refused_congestion() -> frozenset[str]:
+    """Congestion controls that were asked for and that this system did not allow."""
+    return frozenset(_refused)
+
+
+def pacing_option(bytes_per_s: float | None) -> bytes:
+    """The value of SO_MAX_PACING_RATE: 64 bits, all ones for no limit."""
+    rate = (1 << 64) - 1 if bytes_per_s is None else max(1, int(bytes_per_s))
+    return struct.pack("=Q", rate)
 
 
 def congestion_of(sock_or_fd: socket.socket) -> str:

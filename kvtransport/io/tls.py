@@ -224,10 +224,10 @@ class TlsNetwork:
         self._refused = refused
         self._accepting: set[_Accepting] = set()
 
-    async def connect(self, host: str, port: int) -> TlsStream:
+    async def connect(self, host: str, port: int, *, local: str | None = None) -> TlsStream:
         name = (self._server_name or host).strip("[]")
         context = self._credentials.get().client
-        tcp = await self._tcp.connect(host, port)
+        tcp = await self._tcp.connect(host, port, local=local)
         try:
             loop = asyncio.get_running_loop()
             engine: Engine = implementation().Tls(context, tcp.fileno(), name, _is_address(name))

@@ -23,7 +23,7 @@ from kvtransport.flow.spilling import SpillPolicy
 from kvtransport.io.memory import MemoryNetwork, MemoryStream
 from kvtransport.io.tcp import TcpNetwork
 from kvtransport.receiver import Expectation, Receiver
-from tests.conftest import Cache, no_tasks_left
+from tests.conftest import Cache, dial_into, no_tasks_left
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -366,7 +366,7 @@ async def test_nobody_takes_a_place_in_the_link_of_another(watched):
     """The id of a link alone does not let anybody in: it belongs to an incarnation."""
     stranger = Endpoint(CONFIG, network=watched.network)
     with pytest.raises(KVError, match="does not belong to the link it names"):
-        await stranger._dial(*watched.address, watched.link.id, 0, 2, None, lambda handshake: None)
+        await dial_into(stranger, watched.address, watched.link.id, index=0)
     await watched.whole()
     await stranger.close()
 

@@ -28,6 +28,7 @@ from kvtransport.identity import Identity, Token, TokenStore, load_tokens
 from kvtransport.receiver import Expectation
 from kvtransport.tls import TlsConfig, load_credentials
 from kvtransport.wire.frames import FrameType, pack_header, seal_header
+from tests.conftest import dial_into
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -154,7 +155,7 @@ async def test_a_connection_cannot_join_somebody_elses_link(pki):
         async with Endpoint(client_config(pki, "alice"), entropy=lambda n: here.incarnation[:n]) as eve:
             assert eve.incarnation == here.incarnation
             with pytest.raises(HandshakeError, match="somebody else's"):
-                await eve._dial(*address, link.id, 1, 2, there.incarnation, lambda handshake: None)
+                await dial_into(eve, address, link.id, index=1, peer=there.incarnation)
         assert len(there.links[0].connections) == 2
 
 

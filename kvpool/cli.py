@@ -22,6 +22,7 @@ from .client import PoolClient, connect
 from .cluster.cli import register as register_cluster
 from .commands_security import register as register_security
 from .demo.cli import register as register_demo
+from .events.cli import register as register_events
 from .keys import KeyChain
 from .replay.cli import register as register_replay
 from .scheduling.cli import register as register_scheduling
@@ -180,6 +181,7 @@ def _token_ids(source: str) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 register_cluster(app)
 register_demo(app)
+register_events(app)
 register_security(app)
 register_scheduling(app)
 register_replay(app)

@@ -98,6 +98,15 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     copy_gbps: float = 1.0
     """Bandwidth of this node's copies to others (replication, repair, joins), 1e9 bits a second."""
 
+    events: str = ""
+    """ZeroMQ address at which stored and removed blocks are published, such as tcp://127.0.0.1:5557; none by default. Needs pyzmq."""
+    events_replay: str = ""
+    """ZeroMQ address at which subscribers ask for what they missed."""
+    events_topic: str = ""
+    """Topic of the messages."""
+    events_tenant: str = "default"
+    """Whose blocks are told of."""
+
     directory: str = "."
     """Where relative paths start; by default where the settings' file is."""
 

@@ -22,6 +22,9 @@ from .cluster.agent import NodeAgent
 from .collecting import Collector
 from .config import DaemonConfig, load, parse_size
 from .core import PoolCore
+from .events.log import EventLog
+from .events.publisher import EventPublisher
+from .index import Watchers
 from .local import LocalServer
 from .metrics import Metrics, MetricsServer
 from .security import RefusalReport
@@ -40,6 +43,8 @@ Examples:
   kvpoold --host 0.0.0.0 --insecure --memory 64GiB   (a network you trust)
 
   kvpoold --config /etc/kvpoold.toml
+
+  kvpoold --memory 8GiB --events tcp://127.0.0.1:5557 --events-replay tcp://127.0.0.1:5558   (KV cache events, as vLLM's)
 
   kvpoold --memory 64GiB --join valkey://10.0.0.5:6379?name=pool --cluster east --advertise 10.0.0.7:7777
 """
@@ -68,6 +73,12 @@ def serve(
     advertise: Annotated[
         str | None, typer.Option(help="HOST:PORT under which others reach it (default: where it listens)")
     ] = None,
+    events: Annotated[
+        str | None, typer.Option(help="Publish what is stored and removed (ZeroMQ), such as tcp://127.0.0.1:5557 [off]")
+    ] = None,
+    events_replay: Annotated[
+        str | None, typer.Option(help="Where subscribers ask for events they missed, such as tcp://127.0.0.1:5558 [off]")
+    ] = None,
     metrics_port: Annotated[
         int | None, typer.Option(help="Port for Prometheus (GET /metrics), 0 for any free one [off]")
     ] = None,
@@ -87,6 +98,7 @@ def serve(
             "tokens": tokens,
         }
         joining = {"join": join, "node": node, "cluster": cluster, "advertise": advertise}
+        joining |= {"events": events, "events_replay": events_replay}
         settings = load(
             config, {**given, "insecure": insecure, "grace_s": grace_s, "metrics_port": metrics_port, **joining}
         )
@@ -146,6 +158,7 @@ async def run(config: DaemonConfig) -> bool:
         load=lambda: server.sending_bytes,
     )
     server.on_read = agent.read
+    publisher = _events(config, core)
     served: MetricsServer | None = None
     lent: LocalServer | None = None
     if config.local_socket:
@@ -164,6 +177,9 @@ async def run(config: DaemonConfig) -> bool:
             print(f"kvpoold: note: {note}", file=sys.stderr)
         if lent is not None:
             lent.listen()
+        if publisher is not None:
+            await publisher.start()
+            print(f"kvpoold: events on {publisher.endpoint}, replays on {publisher.replay or 'none'}", file=sys.stderr, flush=True)
         if served is not None:
             where = await served.listen(config.metrics_host, config.metrics_port or 0)
             print(f"kvpoold: metrics on http://{where[0]}:{where[1]}/metrics", file=sys.stderr, flush=True)
@@ -191,7 +207,20 @@ async def run(config: DaemonConfig) -> bool:
             await lent.close()
         await server.close()
         await endpoint.close()
+        if publisher is not None:
+            await publisher.close()
         pages.close()
+
+
+def _events(config: DaemonConfig, core: PoolCore) -> EventPublisher | None:
+    """The publisher of the pool's events, if they are wanted; it watches from now on."""
+    if not config.events:
+        return None
+    log = EventLog(clock=time.time, tenant=config.events_tenant)
+    core.watcher = log if core.watcher is None else Watchers(core.watcher, log)
+    return EventPublisher(
+        log, config.events, config.events_replay, topic=config.events_topic, insecure=config.insecure
+    )
 
 
 def _security(endpoint: Endpoint, config: DaemonConfig) -> list[str]:

@@ -36,6 +36,7 @@ from .table import ancestors, new_table
 
 Nodes = NDArray[np.int32]
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 Selection = list[tuple[int, Nodes]]
 """(unit, nodes) pairs: what an operation touches or pins."""
 
@@ -50,6 +51,21 @@ class Watcher(Protocol):
     def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None: ...
 
     def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None: ...
+
+
+class Watchers:
+    """Several watchers as one."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self._watchers = watchers
+
+    def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+        for watcher in self._watchers:
+            watcher.stored(tree, unit, nodes)
+
+    def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+        for watcher in self._watchers:
+            watcher.removed(tree, unit, nodes)
 
 
 class Tree:
@@ -167,6 +183,15 @@ class Tree:
     def places_of(self, nodes: Nodes) -> tuple[list[int], list[int]]:
         """Parents and positions of ``nodes``, as of :meth:`place_of`."""
         return self._parent[nodes].tolist(), self._position[nodes].tolist()
+
+    def held(self, unit: int) -> Nodes:
+        """All nodes that ``unit`` is resident of, parents before what follows them as far as the index grew that way."""
+        return np.flatnonzero(self._resident[unit]).astype(np.int32)
+
+    def holds_at(self, unit: int, nodes: Nodes) -> Bools:
+        """Whether ``unit`` is resident of each of ``nodes``."""
+        there: Bools = self._resident[unit, nodes]
+        return there
 
     # -- finding ---------------------------------------------------------------------------------
 

@@ -19,12 +19,12 @@ from kvtransport.flow.spilling import SpillPolicy
 
 from .arena import PageArena
 from .cluster.agent import NodeAgent
+from .cluster.announcing import Watchers
 from .collecting import Collector
 from .config import DaemonConfig, load, parse_size
 from .core import PoolCore
 from .events.log import EventLog
 from .events.publisher import EventPublisher
-from .index import Watchers
 from .local import LocalServer
 from .metrics import Metrics, MetricsServer
 from .security import RefusalReport

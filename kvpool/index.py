@@ -53,21 +53,6 @@ class Watcher(Protocol):
     def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None: ...
 
 
-class Watchers:
-    """Several watchers as one."""
-
-    def __init__(self, *watchers: Watcher) -> None:
-        self._watchers = watchers
-
-    def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None:
-        for watcher in self._watchers:
-            watcher.stored(tree, unit, nodes)
-
-    def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None:
-        for watcher in self._watchers:
-            watcher.removed(tree, unit, nodes)
-
-
 class Tree:
     """The index of ``ns``. ``free`` takes the slabs of what is evicted, ``clock`` gives seconds for ghosts.
 

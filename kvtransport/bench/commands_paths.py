@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ..engine.native import default_threads
+from ..flow.tuning import connections_for
 from . import crowd as crowd_command
 from . import doctor as doctor_command
 from . import pipeline as pipeline_command
@@ -259,7 +261,9 @@ def send(
 def doctor(
     rate_gbps: Annotated[float, typer.Option(help="The rate that shall be reached.")] = 10.0,
     rtt: Annotated[float, typer.Option(help="Round trip of the path in ms.")] = 10.0,
-    connections: Annotated[int, typer.Option(help="Connections it is spread over.")] = 4,
+    connections: Annotated[
+        int | None, typer.Option(help="Connections it is spread over; default: what a link begins with.")
+    ] = None,
     interface: Annotated[str | None, typer.Option(help="One interface; default: all that are up.")] = None,
     json_to: JsonOption = None,
 ) -> None:
@@ -267,7 +271,8 @@ def doctor(
 
     Nothing is changed; each finding comes with the command that fixes it.
     """
-    options = doctor_command.DoctorOptions(rate_gbps, rtt, connections, interface)
+    count = connections_for(rtt / 1e3, default_threads()) if connections is None else connections
+    options = doctor_command.DoctorOptions(rate_gbps, rtt, count, interface)
     write_result(json_to, "doctor", doctor_command.run(options, console(json_to)))
 
 

@@ -20,5 +20,5 @@ def congestion_of_link(link: Link) -> str:
 def describe_telemetry(link: Link) -> dict[str, Any]:
     """``link.telemetry()`` as JSON can carry it: numbers, strings and nothing else."""
     told = link.telemetry()
-    plain = dataclasses.asdict(told)
+    plain = {**dataclasses.asdict(told), "congestion_refused": "+".join(told.congestion_refused)}
     return {k: v for k, v in plain.items() if v is None or isinstance(v, int | float | str | bool)}

@@ -42,6 +42,11 @@ def _stop() -> None:
         engine.stop()
 
 
+def default_threads() -> int:
+    """I/O threads of an endpoint that does not say how many: half the cores."""
+    return min(MAX_THREADS, max(1, (os.cpu_count() or 1) // 2))
+
+
 class _Listener(Protocol):
     def told(self, event: tuple[Any, ...]) -> None:
         """An event of the native engine: (kind, tag, ...)."""
@@ -68,7 +73,7 @@ class Engine:
         """
         if NativeEngine is None or threads == 0:
             return None
-        count = threads or min(MAX_THREADS, max(1, (os.cpu_count() or 1) // 2))
+        count = threads or default_threads()
         return cls(NativeEngine(count), count)
 
     def connection(self, stream: TcpStream | TlsStream, owner: Owner, *, limits: Limits) -> EngineConnection:

@@ -57,8 +57,9 @@ MOST_REST_S = 320.0
 CALM_S = 10.0
 """What loss and the least round trip are taken over."""
 CHUNK_BYTES = 1 << 20
-CHUNK_S = 0.02
-"""A chunk should take a connection about so long: at the end of a transfer somebody waits for the last ones."""
+"""On a local path, where a link keeps a few MiB unacknowledged."""
+CHUNK_S = 0.01
+"""On a longer one a chunk should take a connection about so long: at the end of a transfer somebody waits for the last ones."""
 LEAST_CHUNK, MOST_CHUNK = 512 << 10, 4 << 20
 WINDOW_BYTES = 64 << 20
 MOST_WINDOW = 1 << 30
@@ -110,9 +111,9 @@ def connections_for(rtt_s: float | None, io_threads: int, most: int = MOST) -> i
     return min(START if rtt_s < LONG_RTT_S else MOST, most)
 
 
-def chunk_for(goodput: float, connections: int) -> int:
+def chunk_for(goodput: float, connections: int, *, local: bool = False) -> int:
     """Bytes of a chunk, a multiple of 64 KiB, for a link that carries ``goodput`` (bytes/s; 0: not known)."""
-    if goodput <= 0:
+    if local:
         return CHUNK_BYTES
     wanted = goodput / max(1, connections) * CHUNK_S
     return int(min(MOST_CHUNK, max(LEAST_CHUNK, wanted))) >> 16 << 16
@@ -219,7 +220,7 @@ class Tuning:
         return Choice(
             connections=self._wanted,
             congestion=congestion,
-            chunk_bytes=chunk_for(self._goodput, self._wanted),
+            chunk_bytes=chunk_for(self._goodput, self._wanted, local=self._rtt_s is None or self._local()),
             fresh=self._fresh,
             why=self._why,
         )

@@ -61,13 +61,14 @@ def test_what_a_path_begins_with() -> None:
     assert connections_for(None, 8) == UNKNOWN
 
 
-def test_windows_cover_twice_the_path_and_chunks_a_fiftieth_of_a_second() -> None:
+def test_windows_cover_twice_the_path_and_chunks_a_hundredth_of_a_second() -> None:
     assert window_for(0.5e9, 0.03) == 64 << 20
     assert window_for(12.5e9, 0.03) == pytest.approx(2 * 12.5e9 * 0.03)
     assert window_for(1e12, 1.0) == 1 << 30
     assert window_for(1e9, None) == 64 << 20
-    assert chunk_for(0.0, 8) == 1 << 20
-    assert chunk_for(400 * MB, 8) == pytest.approx(MB, rel=0.07)
+    assert chunk_for(0.0, 8) == 512 << 10
+    assert chunk_for(0.0, 2, local=True) == chunk_for(5e9, 2, local=True) == 1 << 20
+    assert chunk_for(800 * MB, 8) == pytest.approx(MB, rel=0.07)
     assert chunk_for(1 * MB, 8) == 512 << 10
     assert chunk_for(100e9, 1) == 4 << 20
     assert chunk_for(123_456_789, 3) % 65536 == 0

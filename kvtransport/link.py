@@ -227,7 +227,7 @@ class Link:
     async def close(self) -> None:
         """Close all connections; transfers and calls in progress fail. Idempotent."""
         self.end(None)
-        waited = {*self._serving, *filter(None, [self._reconnect.task])} - {asyncio.current_task()}
+        waited = {*self._serving, *self.tuner.tasks, *filter(None, [self._reconnect.task])} - {asyncio.current_task()}
         if waited or self._leaving:
             await asyncio.wait({*waited, *self._leaving})
 
@@ -260,6 +260,11 @@ class Link:
         self._reconnect.release(index)
 
     # -- what the tuner asks -------------------------------------------------------------------
+
+    @property
+    def reconnecting(self) -> bool:
+        """Lost connections are being dialled again."""
+        return self._reconnect.task is not None
 
     @property
     def outgoing(self) -> int:

@@ -102,9 +102,14 @@ class Tuner:
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        for task in (self._dialling, self._retiring, self._asking):
-            if task is not None and task is not asyncio.current_task():
+        for task in self.tasks:
+            if task is not asyncio.current_task():
                 task.cancel()
+
+    @property
+    def tasks(self) -> set[asyncio.Task[None]]:
+        """What it has under way."""
+        return {task for task in (self._dialling, self._retiring, self._asking) if task is not None}
 
     def cap(self, bytes_per_s: float | None) -> None:
         """The link sends at most so fast, all its connections together; each gets an equal share. None: no limit."""
@@ -179,11 +184,11 @@ class Tuner:
             self._ask(wanted, live)
             return
         if fresh:
-            if self._dialling is None:
+            if self._dialling is None and not self._link.reconnecting:
                 room = self._link.most_connections - len(live)
                 self._dialling = self._loop.create_task(self._grow(min(wanted, room), tuple(live)))
             return
-        if self._dialling is None:
+        if self._dialling is None and not self._link.reconnecting:
             self._use(live, wanted)
             if len(live) < wanted and live and self._loop.time() >= self._again_s:
                 self._dialling = self._loop.create_task(self._grow(wanted - len(live), ()))
@@ -196,7 +201,9 @@ class Tuner:
 
     def _spread(self, now: float) -> None:
         """An address that has no connection, because it did not answer, is tried again in the place of one that has many."""
-        if self._addresses is None or self._dialling is not None or not self._addresses.idle(now):
+        if self._addresses is None or self._dialling is not None or self._link.reconnecting:
+            return
+        if not self._addresses.idle(now):
             return
         fullest = set(self._addresses.fullest())
         replaced = [c for c in self._link.connections if c.index in fullest and not c.parked][-1:]
@@ -226,7 +233,6 @@ class Tuner:
         free = [i for i in range(link.most_connections) if i not in taken][:count]
         try:
             before = len(link.connections)
-            link.wanted = max(link.wanted, 1 + max(free, default=0))
             results = await asyncio.gather(*map(self._dial, free), return_exceptions=True)
             if any(isinstance(result, BaseException) for result in results):
                 self._again_s = self._loop.time() + AGAIN_S
@@ -238,7 +244,9 @@ class Tuner:
             if any(not isinstance(result, BaseException) for result in results):
                 for connection in replaced:
                     self._park(connection)
-            link.wanted = 1 + max((c.index for c in link.connections), default=0)
+            # Afterwards only: until here nobody else shall dial these places (see Reconnect).
+            places = 1 + max((c.index for c in link.connections), default=0)
+            link.wanted = max(places, link.wanted) if self._fixed else places
         finally:
             self._dialling = None
 

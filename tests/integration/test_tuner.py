@@ -192,6 +192,26 @@ async def test_a_lost_connection_is_not_missed_while_parked_ones_are_there(confi
         await send(link, there)
 
 
+async def test_a_lost_connection_is_dialled_once_and_nothing_is_left_when_a_link_closes(config, monkeypatch):
+    monkeypatch.setattr(tuner_module, "EVERY_S", 0.01)
+    async with ends(config) as (there, _, link):
+        [peer] = there.links
+        link.tuner._policy._wanted = link.tuner._policy._fixed = 4
+        while len(link.connections) < 4:
+            await send(link, there)
+        indices = {c.index for c in link.connections}
+        for _ in range(3):
+            link.connections[-1].fail(ConnectError("cut by the test"), abort=True)
+            async with asyncio.timeout(10):
+                while {c.index for c in link.connections} != indices or len(peer.connections) != 4:
+                    await send(link, there, 1 << 20)
+        assert len(link.connections) == 4
+        have(link, 12)
+        await asyncio.sleep(0)
+        await link.close()
+        assert not link.tuner.tasks
+
+
 async def test_bbr_that_is_not_allowed_is_said_once(config, monkeypatch, caplog):
     monkeypatch.setattr(tcp, "_refused", set())
     asked: list[bytes] = []

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from .admission import Admission
 from .compression import choose_codecs
 from .connection import AnyConnection, Connection, Owner
+from .dialling import Dialling, Handshake, closing
 from .engine.base import Lanes
 from .engine.native import Engine
 from .engine.python import PythonLanes
@@ -37,7 +38,7 @@ from .receiver import Expectation, Receiver
 from .spill import SpillArea
 from .tls import TlsConfig
 from .wire import bodies
-from .wire.frames import DEFAULT_LIMITS, STRANGER_LIMITS, FrameType, Header, Limits, decode_control, encode_control
+from .wire.frames import DEFAULT_LIMITS, FrameType, Header, Limits, encode_control
 from .wire.state import ConnectionMachine, Role
 
 Handler = Callable[[Link, dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -124,7 +125,7 @@ class Endpoint:
         self._given_up: OrderedDict[bytes, bytes] = OrderedDict()
         """The answer to an OPEN that comes too late. (Not the error: its traceback would keep the caller's buffers.)"""
         self._links: dict[bytes, Link] = {}
-        self._handshakes: set[_Handshake] = set()
+        self._handshakes: set[Handshake] = set()
         self._expected: dict[bytes, tuple[Receiver, Link | None]] = {}
         self._waiting: dict[bytes, _WaitingOpen] = {}
         self.on_link: Callable[[Link], None] | None = None
@@ -186,23 +187,25 @@ class Endpoint:
             for each in hosts:
                 self.admission.check_dial(each)
         if self.closed:
-            raise _closing()
+            raise closing()
         if connections is not None and not 1 <= connections <= self.config.max_connections_per_link:
             raise LimitError(
                 f"a link has 1 to {self.config.max_connections_per_link} connections, asked for {connections}",
                 fault=Fault.LOCAL,
             )
-        dialling = _Dialling(self, Addresses(hosts, local), port, connections)
+        dialling = Dialling(self, Addresses(hosts, local), port, connections)
         return await dialling.link()
 
-    async def dial(self, pair: Pair, port: int, handshake: Callable[[ByteStream], _Handshake]) -> None:
+    async def dial(self, pair: Pair, port: int, handshake: Callable[[ByteStream], Handshake]) -> None:
         """One connection: a stream over ``pair``, then what ``handshake`` makes of it. Raises KVError."""
         local, host = pair
-        connecting = self._network.connect(host, port) if local is None else self._network.connect(host, port, local=local)
+        connecting = (
+            self._network.connect(host, port) if local is None else self._network.connect(host, port, local=local)
+        )
         stream = await connecting
         if self.closed:
             stream.abort()
-            raise _closing()
+            raise closing()
         try:
             begun = handshake(stream)
         except OSError as error:
@@ -228,14 +231,14 @@ class Endpoint:
             return
         machine = ConnectionMachine(Role.ACCEPT, incarnation=self.incarnation)
         try:
-            handshake = _Handshake(self, stream, machine, self._welcome)
+            handshake = Handshake(self, stream, machine, self._welcome)
         except OSError as error:  # no memory, no descriptors for the I/O engine
             self.admission.gate.leave(address_of(stream.peer))
             self._refuse(stream.peer, ConnectError(f"cannot serve this connection: {error.strerror or error}"))
             return
         handshake.start()
 
-    def _welcome(self, handshake: _Handshake) -> None:
+    def _welcome(self, handshake: Handshake) -> None:
         """Let a dialling peer in. Raises KVError to refuse it."""
         hello = handshake.machine.peer
         assert hello is not None
@@ -393,7 +396,7 @@ class Endpoint:
             if only is link:
                 receiver.on_link_lost(gone)
 
-    def handshake_over(self, handshake: _Handshake, error: KVError | None = None) -> None:
+    def handshake_over(self, handshake: Handshake, error: KVError | None = None) -> None:
         if handshake not in self._handshakes:
             return
         self._handshakes.discard(handshake)
@@ -408,7 +411,7 @@ class Endpoint:
         if self.on_refused is not None:
             self.on_refused(peer, error)
 
-    def handshake_begun(self, handshake: _Handshake) -> None:
+    def handshake_begun(self, handshake: Handshake) -> None:
         self._handshakes.add(handshake)
 
     # -- ending --------------------------------------------------------------------------------
@@ -421,7 +424,7 @@ class Endpoint:
         for listener in self._listeners:
             listener.close()
         for handshake in list(self._handshakes):
-            handshake.connection.fail(_closing())
+            handshake.connection.fail(closing())
         links = self.links
         for link in links:
             link.end(None)  # all at once: each may have to wait for its peer
@@ -441,171 +444,3 @@ class _WaitingOpen:
     header: Header
     body: bodies.Open
     timer: asyncio.TimerHandle
-
-
-class _Handshake:
-    """Owns a connection until both HELLOs have crossed."""
-
-    def __init__(
-        self, endpoint: Endpoint, stream: ByteStream, machine: ConnectionMachine, join: Callable[[_Handshake], None]
-    ) -> None:
-        self._endpoint = endpoint
-        self._join = join
-        loop = asyncio.get_running_loop()
-        self.machine = machine
-        stranger = machine.role is Role.ACCEPT
-        self.connection = endpoint.new_connection(stream, self, STRANGER_LIMITS if stranger else endpoint.config.limits)
-        self.joins: tuple[bytes, int, int] = (bytes(16), 0, 1)
-        """Link, place, places: what the dialling side says."""
-        self.done: asyncio.Future[None] = loop.create_future()
-        self.done.add_done_callback(lambda f: f.cancelled() or f.exception())
-        self._timer = loop.call_later(endpoint.config.handshake_timeout_s, self._expired)
-        endpoint.handshake_begun(self)
-
-    def start(self) -> None:
-        self.connection.start()
-
-    def present(self) -> None:
-        """The dialling side's HELLO."""
-        link, index, count = self.joins
-        proof = self._endpoint.admission.present(self.connection.stream, link, index)
-        self.say_hello(link, index, count, **proof)
-
-    def say_hello(self, link: bytes, index: int, count: int, **proof: Any) -> None:
-        config = self._endpoint.config
-        frame = self.machine.hello_to_send(
-            link=link,
-            index=index,
-            count=count,
-            name=config.name,
-            features=tuple(codec.feature for codec in self._endpoint.codecs),
-            keepalive_s=config.keepalive_s,
-            **proof,
-        )
-        self.connection.send_control(frame)
-        self.connection.flush()
-
-    def _settle(self) -> None:
-        self._timer.cancel()
-        self._endpoint.handshake_over(self)
-        if not self.done.done():
-            self.done.set_result(None)
-
-    def _expired(self) -> None:
-        # Said to the peer too, which may be wondering: it may have sent a part of a frame and wait for the answer.
-        self.connection.refuse(
-            HandshakeError(
-                f"{self.connection.stream.peer} did not complete the handshake within "
-                f"{self._endpoint.config.handshake_timeout_s:g} s; is it a kvtransport port?",
-                fault=Fault.REMOTE,
-                retryable=True,
-            )
-        )
-
-    # -- kvtransport.connection.Owner ----------------------------------------------------------
-
-    def control(self, connection: AnyConnection, header: Header, payload: bytes) -> None:
-        self.machine.receive(header)
-        body = decode_control(header, payload, verified=True)
-        if isinstance(body, bodies.Error):
-            connection.fail(body.to_error(prefix=f"{connection.stream.peer} refused: "))
-            return
-        assert isinstance(body, bodies.Hello)
-        self.machine.receive_hello(body)
-        self._join(self)
-        self._settle()
-
-    def stray(self, connection: AnyConnection, header: Header) -> None:
-        self.machine.receive(header)
-        raise ProtocolError("got DATA before the handshake was over")
-
-    def lost(self, connection: AnyConnection, error: KVError) -> None:
-        self._timer.cancel()
-        self._endpoint.handshake_over(self, error)
-        if not self.done.done():
-            self.done.set_exception(error)
-
-
-class _Dialling:
-    """The dialling side of one link: makes its connections, at first and later."""
-
-    def __init__(self, endpoint: Endpoint, addresses: Addresses, port: int, count: int | None) -> None:
-        self._endpoint = endpoint
-        self._addresses = addresses
-        self._port = port
-        self._count = count
-        self._id = endpoint.new_link_id()
-        self._peer: bytes | None = None
-        """Its incarnation, once it is known."""
-        self._link: Link | None = None
-        self._loop = asyncio.get_running_loop()
-
-    async def link(self) -> Link:
-        try:
-            await self.dial(0)
-            assert self._link is not None
-            await self._others(self._link)
-        except BaseException as error:
-            if self._link is not None:
-                await self._link.close()
-            if isinstance(error, BaseExceptionGroup):
-                raise error.exceptions[0] from None
-            raise
-        self._link.redial(self.dial, self._addresses)
-        return self._link
-
-    async def _others(self, link: Link) -> None:
-        if self._count is None:
-            await link.tuner.start(self.dial)
-            return
-        link.wanted = self._count
-        async with asyncio.TaskGroup() as group:
-            for index in range(1, self._count):
-                group.create_task(self.dial(index))
-
-    async def dial(self, index: int) -> None:
-        """Make the connection in place ``index`` over whichever addresses answer. Raises KVError."""
-        tried: list[Pair] = []
-        last: KVError | None = None
-        while (pair := self._addresses.pick(self._loop.time(), tried)) is not None:
-            tried.append(pair)
-            self._addresses.use(index, pair)
-            try:
-                await self._endpoint.dial(pair, self._port, lambda stream: self._handshake(stream, index))
-            except ConnectError as error:
-                self._addresses.left(index)
-                self._addresses.failed(pair, self._loop.time())
-                last = error
-            except BaseException:
-                self._addresses.left(index)
-                raise
-            else:
-                self._addresses.works(pair)
-                return
-        assert last is not None
-        raise last
-
-    def _handshake(self, stream: ByteStream, index: int) -> _Handshake:
-        link = self._link
-        machine = ConnectionMachine(Role.DIAL, incarnation=self._endpoint.incarnation, peer_incarnation=self._peer)
-        handshake = _Handshake(self._endpoint, stream, machine, self._join)
-        handshake.connection.index = index
-        handshake.joins = self._id, index, max(self._count or 0, index + 1, 0 if link is None else link.wanted)
-        return handshake
-
-    def _join(self, handshake: _Handshake) -> None:
-        # Called as soon as the peer's HELLO is there: its next frame may follow in the same read.
-        hello = handshake.machine.peer
-        assert hello is not None
-        if self._link is None:
-            stream = handshake.connection.stream
-            self._link = Link(self._endpoint, self._id, hello, stream, dialled=True, connections=self._count)
-            self._peer = hello.incarnation
-            self._endpoint.add_link(self._link)
-        if self._link.closed:
-            raise ConnectError("the link has ended, or was given up while it was dialled")
-        self._link.join(handshake.connection, handshake.machine)
-
-
-def _closing() -> KVError:
-    return HandshakeError("this endpoint is closing", fault=Fault.LOCAL)

@@ -13,7 +13,8 @@ import pytest
 
 from kvtransport.bench import emulator
 from kvtransport.buffers import PageList
-from kvtransport.endpoint import Endpoint, _Dialling
+from kvtransport.dialling import Dialling
+from kvtransport.endpoint import Endpoint
 from kvtransport.flow.addresses import Addresses
 from kvtransport.layout import CacheGroup, CacheLayout, GroupKind, TensorSpec
 from kvtransport.manifest import Manifest, new_transfer_id
@@ -148,6 +149,6 @@ async def dial_into(
 ) -> None:
     """Dial a connection that claims to belong to ``link``, whosever that is. Raises what a refusal raises."""
     host, port = address
-    dialling = _Dialling(endpoint, Addresses([host]), port, 2)
+    dialling = Dialling(endpoint, Addresses([host]), port, 2)
     dialling._id, dialling._peer = link, peer
     await dialling.dial(index)

@@ -94,6 +94,8 @@ class Keeper:
         self._scan_at: float | None = None
         self._seen: dict[str, bytes] | None = None
         self.progress = Kept()
+        self.on_copy: Callable[[Member], None] | None = None
+        """Told of the node that a copy begins to, when set."""
 
     # -- what makes work -------------------------------------------------------------------------
 
@@ -153,8 +155,11 @@ class Keeper:
         fresh, self._fresh = self._fresh, {}
         for (_, node), (tree, key) in fresh.items():
             keys: list[bytes] = []
-            if tree.key(0, node) != key:
-                continue  # evicted, and its place taken
+            try:
+                if tree.key(0, node) != key:
+                    continue  # evicted, and its place taken
+            except ValueError:
+                continue  # evicted
             while node != ROOT:
                 keys.append(tree.key(0, node))
                 node = tree.place_of(node)[0]
@@ -255,6 +260,8 @@ class Keeper:
             if len(holders) >= wanted and (not self._rebalance or member.used > FULL_PART * member.capacity):
                 continue
             if not await copier.has(member, what):
+                if self.on_copy is not None and steady():
+                    self.on_copy(member)
                 nbytes = await copier.copy(member, what, self._pacer, steady)
                 self.progress.moved_bytes += nbytes
                 self.progress.copies += 1

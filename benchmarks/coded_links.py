@@ -29,6 +29,7 @@ from kvtransport.receiver import Expectation
 
 SO_MAX_PACING_RATE = 47
 UNIT = 4 << 20
+CHUNK = 1 << 20
 CONNECTIONS = 4
 
 
@@ -100,6 +101,9 @@ async def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.models:
         for name, tensors in caches(args.tokens).items():
             whole = np.concatenate(tensors)
+            if len(whole) < CHUNK:
+                print(f"{name}: {len(whole)} bytes would repeat within a chunk, which a codec sees: more --tokens", file=sys.stderr)
+                continue
             data[name] = np.tile(whole, -(-size // len(whole)))[:size].copy()
     rows = []
     for name, values in data.items():

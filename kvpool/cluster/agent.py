@@ -15,12 +15,14 @@ from kvpool.core import PoolCore
 from kvpool.errors import DirectoryError
 from kvpool.keys import KeyChain, Namespace
 from kvpool.messages import Args
+from kvpool.security import tenant_of
 from kvtransport.endpoint import Endpoint, EndpointConfig
 from kvtransport.errors import ConfigError, HandshakeError, KVError, ProtocolError
 from kvtransport.io.base import Network
 from kvtransport.link import Link
 
 from .announcing import ENTRY_TTL_S, Announcer, Watchers
+from .claims import Claims
 from .directory import Directory
 from .keeping import Keeper
 from .links import NodeLinks, parse_address
@@ -92,6 +94,8 @@ class NodeAgent:
         endpoint.handlers["entries"] = self._on_entries
         endpoint.handlers["stale"] = self._on_stale
         endpoint.handlers["drain"] = self._on_drain
+        endpoint.handlers["claim"] = self._on_claim
+        self._claims = Claims()
 
     @property
     def member(self) -> Member:
@@ -136,6 +140,19 @@ class NodeAgent:
         if len(keys) != len(generations):
             raise ProtocolError("stale: one generation per segment")
         return {"current": self.announcer.validate(dict(zip(keys, generations, strict=True)))}
+
+    async def _on_claim(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+        """A client missed and wants to compute, or (``end``) need not any more."""
+        values = Args("claim", args)
+        name, holder = values.get("name", bytes), values.get("holder", bytes)
+        if len(name) != 16 or len(holder) != 16:
+            raise ProtocolError("claim: name and holder have 16 bytes")
+        # Tenants do not see one another's.
+        name = tenant_of(link.identity).encode() + b"/" + name
+        if values.get("end", bool, False):
+            self._claims.end(name, holder)
+            return {"left_s": 0.0}
+        return {"left_s": self._claims.ask(self._clock(), name, holder, values.seconds("seconds"))}
 
     # -- in a directory --------------------------------------------------------------------------
 
@@ -218,7 +235,8 @@ class NodeAgent:
             raise ConfigError("this node is in no cluster that it could leave")
         roster, links = self._roster, self._links
         assert links is not None
-        roster.update(self._clock(), await directory.snapshot())
+        asked = self._clock()
+        roster.update(asked, await directory.snapshot())
 
         def others() -> list[Member]:
             return [m for m in roster.writable() if m.id != self.node and m.cluster == self._cluster]
@@ -253,8 +271,10 @@ class NodeAgent:
 
     async def _follow(self, directory: Directory, roster: Roster) -> None:
         while True:
+            # As of when it was asked for: a process that is stopped in between reads an old answer when it wakes.
+            asked = self._clock()
             try:
-                roster.update(self._clock(), await directory.snapshot())
+                roster.update(asked, await directory.snapshot())
             except DirectoryError:
                 roster.failed()
             else:

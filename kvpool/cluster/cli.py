@@ -70,6 +70,7 @@ async def status_of(pool: ClusterPool) -> dict[str, Any]:
                 "segments": mine.get("segments"),
                 "unannounced": mine.get("unannounced"),
                 "drain": mine.get("drain"),
+                "keeping": mine.get("keeping"),
             }
         )
     return {
@@ -99,7 +100,11 @@ def status(
     ] = None,
     json_to: JsonTo = None,
 ) -> None:
-    """Nodes by cluster: state, memory, segments, and whether they answer."""
+    """Nodes by cluster: state, memory, segments, whether they answer, and how far drains and copies are.
+
+    Copies are made when there should be more than one, when a node is lost, and for nodes that join. "held up": there is
+    work, and the directory is away or has lost everything.
+    """
     from kvpool.cli import human
 
     config = client_config(
@@ -123,6 +128,17 @@ def status(
             state += f" {node['drain']['done']:,}/{node['drain']['chains']:,}"
         named = node["node"] if node["node"] == node["address"] else f"{node['node']}\n{node['address']}"
         segments = "-" if node["segments"] is None else f"{node['segments']:,}"
+        keeping = node["keeping"]
+        if keeping and keeping["waiting"]:
+            # Of a node that joined or was lost: how many chains have been looked at; else what is new or read most.
+            done = (
+                f"{max(keeping['scanned'] - keeping['waiting'], 0):,}/{keeping['scanned']:,}, "
+                if keeping["scanned"]
+                else ""
+            )
+            state += f"\ncopying, {done}{human(keeping['moved_bytes'])} so far" + (
+                ", held up" if keeping["held_up"] else ""
+            )
         if node["unannounced"]:
             segments += f"\n{node['unannounced']:,} to announce"
         table.add_row(

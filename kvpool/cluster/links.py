@@ -56,6 +56,8 @@ class NodeLinks:
         if known is None:
             if self.suspects.suspect(loop.time(), member.id):
                 raise NoNodeError(f"node {member.id!r} failed moments ago and is left alone for now")
+            # One asks whether it is well again; the others go elsewhere meanwhile.
+            self.suspects.probing(loop.time(), member.id, self._dial_s)
             known = (member.incarnation, loop.create_task(self._dial(member), name=f"dial {member.id}"))
             self._tasks[member.id] = known
         return await asyncio.shield(known[1])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random as _random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from kvpool.admission import CheckpointHints
@@ -19,6 +20,7 @@ from kvtransport.errors import ConfigError, KVError
 from kvtransport.layout import CacheLayout
 from kvtransport.transfer import IncomingTransfer, OutgoingTransfer
 
+from .computing import Turn, Turns
 from .directory import Directory
 from .links import NodeLinks
 from .lookup import Lookup
@@ -48,6 +50,8 @@ class ClusterPool:
         tenant: str = DEFAULT_TENANT,
         ttl_s: float = 3.0,
         answer_s: float = 1.0,
+        random: Callable[[], float] = _random.random,
+        entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.directory = directory
         self.links = links
@@ -65,7 +69,18 @@ class ClusterPool:
             now=now,
         )
         self._writer = Writer(self._lookup, links, self.roster, placement, now)
-        self._reader = Reader(self._lookup, links, self.roster, self._writer.order, answer_s=answer_s, now=now)
+        self._reader = Reader(
+            self._lookup, links, self.roster, self._writer.order, answer_s=answer_s, now=now, random=random
+        )
+        self._turns = Turns(
+            self._length,
+            self._writer.order,
+            links,
+            holder=lambda: entropy(16),
+            random=random,
+            answer_s=answer_s,
+            now=now,
+        )
         self._objects = FlatObjects(links, self._writer.order)
 
     async def start(self) -> None:
@@ -82,13 +97,14 @@ class ClusterPool:
 
     async def refresh(self) -> None:
         """Ask for the members now; a directory that does not answer leaves the last view."""
+        asked = self._now()
         try:
             async with asyncio.timeout(self._answer_s * 2):
                 snapshot = await self.directory.snapshot()
         except (DirectoryError, TimeoutError):
             self.roster.failed()
         else:
-            self.roster.update(self._now(), snapshot)
+            self.roster.update(asked, snapshot)
 
     async def __aenter__(self) -> Self:
         return self
@@ -169,6 +185,23 @@ class ClusterPool:
     async def release(self, lease_id: int) -> None:
         await self._reader.release(lease_id)
 
+    async def turn(
+        self, ns: Namespace, chain: KeyChain, length: int, *, wait_s: float = 30.0, seconds: float = 60.0
+    ) -> Turn:
+        """Ask before computing ``length`` tokens of ``chain`` that may be missing: of all who ask at once one computes.
+
+        The first who misses computes (``turn.computes``), with the right to for ``seconds``; the others wait for its put up to ``wait_s``
+        seconds, and compute then. The right is kept by one node and lost with it: nobody waits for what nobody can say.
+
+        >>> async with await pool.turn(ns, chain, 4096) as turn:  # doctest: +SKIP
+        ...     if turn.computes:
+        ...         await prefill_and_put(start=turn.length)
+        """
+        return await self._turns.take(ns, chain, length, wait_s=wait_s, seconds=seconds)
+
+    async def _length(self, ns: Namespace, chain: KeyChain) -> int:
+        return (await self.match(ns, chain, chain.tokens)).length
+
     # -- flat objects --------------------------------------------------------------------------
 
     async def exists(self, keys: Sequence[bytes]) -> list[bool]:
@@ -203,6 +236,8 @@ class ClusterPool:
             if answer is not None:
                 for name in total:
                     total[name] += int(answer.get(name, 0))
+        hedges = self._reader.hedges
+        total["reads"] = {"parts": hedges.reads, "hedged": hedges.asked, "hedges_won": hedges.won}
         total["frozen"] = self.roster.frozen(self._now())
         total["nodes"] = {m.id: a for m, a in zip(members, answers, strict=True)}
         return total

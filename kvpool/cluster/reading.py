@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from kvpool.client import Into, PoolClient
@@ -17,8 +17,10 @@ from kvtransport.manifest import Manifest, new_transfer_id
 from kvtransport.transfer import IncomingTransfer
 
 from .cut import Part, check_aligned, cut_get
-from .get import ClusterGet, Source
+from .get import ClusterGet, Routes, Source
+from .hedging import Hedges
 from .links import NodeLinks
+from .loads import Loads
 from .locate import Cut, Whole
 from .lookup import Lookup
 from .members import Member, Roster
@@ -38,7 +40,11 @@ class Reader:
         *,
         answer_s: float,
         now: Callable[[], float],
+        random: Callable[[], float],
     ) -> None:
+        self._random = random
+        self.loads = Loads(links.suspects, random)
+        self.hedges = Hedges()
         self._lookup, self._links, self._roster, self._order = lookup, links, roster, order
         self._answer_s = answer_s
         self._now = now
@@ -80,7 +86,7 @@ class Reader:
                     f"(groups alone: {', '.join(f'{g} {n}' for g, n in found.reach.items())})",
                     restorable=found.length,
                 )
-            sources.append(Source(part, self._links.suspects.sorted(self._now(), nodes)))
+            sources.append(Source(part, nodes))
 
         async def open_part(node: str, part: Part, places: Mapping[Slot, PageList], left: float) -> IncomingTransfer:
             member = self._member(node)
@@ -102,7 +108,26 @@ class Reader:
                 await self._stale(member, known, part)
                 raise
 
-        return ClusterGet(manifest, sources, into(manifest) if callable(into) else into, open_part, deadline)
+        async def again(part: Part) -> Sequence[str]:
+            anew = await self._lookup.find(ns, chain)
+            assert isinstance(anew, Cut)
+            nodes = anew.owners(units.index(part.unit), part.segment, part.stop_block)
+            if not nodes:
+                raise MissError("no node holds a part of what was asked for (any more)")
+            return nodes
+
+        routes = Routes(
+            self._best,
+            self.loads,
+            # Who follows a put waits for its producer: no second node is faster.
+            self.hedges if request is None else None,
+            again,
+            self._random,
+        )
+        return ClusterGet(manifest, sources, into(manifest) if callable(into) else into, open_part, deadline, routes)
+
+    def _best(self, nodes: Sequence[str]) -> list[str]:
+        return self.loads.order(self._now(), nodes, self._roster.members)
 
     async def _stale(self, member: Member, known: Cut, part: Part) -> None:
         """Tell an owner that its entry, of the generation we saw, was not true: it says it again unless that is the current one."""
@@ -145,8 +170,7 @@ class Reader:
                 f"{boundary} tokens cannot be restored from any one node; the longest that can is {best}",
                 restorable=best,
             )
-        now = self._now()
-        nodes.sort(key=lambda m: self._links.suspects.suspect(now, m.id))
+        nodes = [self._member(n) for n in self._best([m.id for m in nodes])]
         error: KVError | None = None
         for member in nodes[:TRIES]:
             try:

@@ -20,6 +20,12 @@ class Suspects:
         pause = min(FIRST_S * 2 ** (count - 1), MOST_S) * (0.5 + self._random())
         self._failures[node] = (count, now + pause)
 
+    def probing(self, now: float, node: str, seconds: float) -> None:
+        """Somebody tries a node that had failed: for others it is suspect for so long, unless it turns out well."""
+        failed = self._failures.get(node)
+        if failed is not None:
+            self._failures[node] = (failed[0], now + seconds)
+
     def well(self, node: str) -> None:
         self._failures.pop(node, None)
 

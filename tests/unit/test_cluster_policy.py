@@ -6,14 +6,18 @@ import ast
 import itertools
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 import kvpool.cluster
 from kvpool.cluster.announcing import ENTRY_TTL_S, LATE_S, Announcer
+from kvpool.cluster.claims import MOST_S, Claims
 from kvpool.cluster.cut import cut_get, cut_put, pieces
 from kvpool.cluster.demand import Demand
 from kvpool.cluster.entries import MAX_RECORDS, Draft, decode, resident, short, tails
+from kvpool.cluster.hedging import LEAST, Hedges, Latencies
+from kvpool.cluster.loads import Loads
 from kvpool.cluster.locate import Cut, Whole, unit_numbers
 from kvpool.cluster.members import Member, Pulse, Roster, Snapshot, State
 from kvpool.cluster.placement import LocalFirst, Rendezvous
@@ -32,10 +36,13 @@ SEGMENT = SEGMENT_BLOCKS * STEP
 HYBRID = LAYOUTS["hybrid"].__class__("no windows", tuple(g for g in LAYOUTS["everything"].groups if g.window is None))
 POLICY = (
     "announcing",
+    "claims",
     "cut",
     "demand",
     "directory",
     "entries",
+    "hedging",
+    "loads",
     "locate",
     "members",
     "placement",
@@ -465,3 +472,93 @@ def test_nothing_moves_by_an_old_view():
     assert roster.steady(100.0)
     roster.failed()
     assert not roster.steady(100.0)
+
+
+# -- reads ---------------------------------------------------------------------------------------------
+
+
+def test_the_p99_is_of_reads_of_that_size():
+    known = Latencies()
+    for i in range(LEAST - 1):
+        known.add(1 << 20, 0.010)
+    assert known.p99(1 << 20) is None
+    for i in range(1000):
+        known.add(1 << 20, 0.5 if i % 200 == 0 else 0.010)  # one in 200 is slow
+    assert known.p99(1 << 20) == pytest.approx(0.0105, rel=0.1)
+    for _ in range(20):
+        known.add(1 << 20, 0.5)
+    assert known.p99(1 << 20) == pytest.approx(0.52, rel=0.1)
+    assert known.p99(1 << 10) is None
+    for _ in range(20_000):
+        known.add(1 << 20, 0.001)
+    assert known.p99(1 << 20) == pytest.approx(0.00105, rel=0.1)  # what was long ago has faded
+
+
+def test_second_reads_are_few_and_take_bounded_memory():
+    hedges = Hedges(part=0.1, burst=2.0, scratch_bytes=1000)
+    for _ in range(LEAST):
+        hedges.latencies.add(600, 0.01)
+    assert hedges.delay(600) is None  # none earned yet
+    for _ in range(1000):
+        hedges.read()
+    assert hedges.delay(600) is not None
+    assert hedges.delay(2000) is None
+    assert hedges.take(600)
+    assert not hedges.take(600)  # memory
+    hedges.give_back(600)
+    assert hedges.take(600)
+    hedges.give_back(600)
+    assert not hedges.take(600)  # the burst is used up
+    taken = 0
+    for _ in range(1000):
+        hedges.read()
+        if hedges.take(600):
+            hedges.give_back(600)
+            taken += 1
+    assert taken in (99, 100)
+
+
+def test_the_replica_with_the_least_load_is_read():
+    draws = itertools.cycle((0.1, 0.9))
+    suspects = Suspects(lambda: 0.5)
+    loads = Loads(suspects, lambda: next(draws))
+    members = {m.id: m for m in (member("a"), member("b"), member("c"))}
+    assert loads.order(0.0, ["a", "b"], members) == ["a", "b"]
+    next(draws)
+    assert loads.order(0.0, ["a", "b"], members) == ["b", "a"]  # alike: by chance
+    loads.begin("a", 100)
+    assert loads.order(0.0, ["a", "b", "c"], members)[-1] == "a"
+    members["b"] = msgspec.structs.replace(members["b"], load=1000)
+    assert loads.order(0.0, ["a", "b", "c"], members) == ["c", "a", "b"]
+    suspects.failed(0.0, "c")
+    assert loads.order(0.0, ["a", "b", "c"], members) == ["a", "b", "c"]
+    loads.end("a", 100)
+    assert loads.order(0.0, ["a", "gone"], members)[0] in ("a", "gone")
+
+
+def test_one_tries_a_node_that_had_failed():
+    suspects = Suspects(lambda: 0.5)
+    suspects.probing(0.0, "n", 3.0)
+    assert not suspects.suspect(0.0, "n")  # it never failed: everybody may
+    suspects.failed(0.0, "n")
+    assert suspects.suspect(0.1, "n")
+    assert not suspects.suspect(0.3, "n")
+    suspects.probing(0.3, "n", 3.0)
+    assert suspects.suspect(0.4, "n")
+    suspects.well("n")
+    assert not suspects.suspect(0.4, "n")
+
+
+def test_the_first_who_misses_computes():
+    claims = Claims()
+    name, one, two = b"name", b"1" * 16, b"2" * 16
+    assert claims.ask(0.0, name, one, 10.0) == 0.0
+    assert claims.ask(1.0, name, two, 10.0) == 9.0
+    assert claims.ask(2.0, name, one, 10.0) == 0.0  # it asks again: it has longer
+    assert claims.ask(3.0, name, two, 10.0) == 9.0
+    claims.end(name, two)  # not its
+    assert claims.ask(3.0, name, two, 10.0) == 9.0
+    claims.end(name, one)
+    assert claims.ask(3.0, name, two, 1e9) == 0.0
+    assert claims.ask(3.0 + MOST_S, name, one, 1.0) == 0.0
+    assert len(claims) == 1

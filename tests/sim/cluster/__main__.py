@@ -65,7 +65,7 @@ def _many(first: int, last: int, out: Path | None) -> int:
             failed.append(seed)
             print(violation, flush=True)
             continue
-        counts.update(hits=world.hits, misses=world.misses, errors=world.errors)
+        counts.update(hits=world.hits, misses=world.misses, errors=world.errors, copies=world.copies)
         counts.update({f"profile {world.profile}": 1, "seeds": 1})
         counts.update(f"fault {name}" for name in world.faults)
         if seed % 100 == 99:
@@ -75,10 +75,13 @@ def _many(first: int, last: int, out: Path | None) -> int:
         "last": last,
         "failed": failed,
         "seconds": time.monotonic() - begin,
+        "cpu_seconds": time.process_time(),
         **counts,
     }
     print(", ".join(f"{k}: {v:.0f}" for k, v in sorted(counts.items())))
-    print(f"{last - first} seeds in {body['seconds']:.0f} s, {len(failed)} failed {failed[:20] or ''}")
+    print(
+        f"{last - first} seeds in {body['seconds']:.0f} s ({time.process_time():.0f} s of CPU), {len(failed)} failed {failed[:20] or ''}"
+    )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(body, indent=1) + "\n")

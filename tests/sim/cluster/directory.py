@@ -25,8 +25,14 @@ class Store(EmbeddedDirectory):
         """Processes that cannot reach it."""
         self.late = 0.0
         """Part of the announcements that arrive after their sender has given them up."""
+        self.lost_at = float("-inf")
+        self.stopped: dict[str, asyncio.Event] = {}
+        """Processes that are stopped (SIGSTOP): they take no answer until the event."""
+        self.confirmed: dict[str, float] = {}
+        """When the members were asked for that a process goes by."""
 
     def lose_everything(self) -> None:
+        self.lost_at = self.loop.time()
         self.flush(self.rng.randbytes(8))
 
 
@@ -36,8 +42,14 @@ class SimDirectory:
     def __init__(self, store: Store, process: str) -> None:
         self._store, self._process = store, process
 
+    async def _awake(self) -> None:
+        event = self._store.stopped.get(self._process)
+        if event is not None:
+            await event.wait()
+
     async def _travel(self) -> None:
         store = self._store
+        await self._awake()
         if store.down or self._process in store.cut_off:
             await asyncio.sleep(PATIENCE_S)
             raise DirectoryError("nobody answers")
@@ -52,8 +64,12 @@ class SimDirectory:
         await self._store.leave(member)
 
     async def snapshot(self) -> Snapshot:
+        asked = self._store.loop.time()
         await self._travel()
-        return await self._store.snapshot()
+        found = await self._store.snapshot()
+        await self._awake()  # the answer has lain in the socket meanwhile
+        self._store.confirmed[self._process] = asked
+        return found
 
     async def announce(self, node: str, changes: Mapping[bytes, bytes | None], ttl_s: float) -> None:
         await self._travel()

@@ -44,6 +44,7 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "incarnation unchecked": lambda: mock.patch.object(Roster, "incarnations", return_value=_Everyone()),
     "generation unchecked": lambda: mock.patch.object(Announcer, "validate", lambda self, seen: [True] * len(seen)),
     "stale directory trusted": lambda: mock.patch.object(Roster, "frozen", return_value=False),
+    "repair during a frozen view": lambda: mock.patch.object(Roster, "steady", return_value=True),
     "drain that deletes first": lambda: mock.patch.object(Mover, "run", _delete_first),
 }
 

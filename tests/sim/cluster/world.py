@@ -8,7 +8,10 @@ Agents, servers, indexes, links and clients are the real ones; only loop, networ
 * when the faults are over and a while has passed, what the directory says is restorable can be read; an owner that is told of an
   entry that is not true takes it back at once;
 * losing the directory costs no hit while the nodes are well;
-* what a drained node held is still there, if nothing else went wrong.
+* what a drained node held is still there, if nothing else went wrong;
+* with two copies of everything nothing is lost with one node, and what is left has two again;
+* what belongs to a node that joined is there;
+* no copy begins by a view of the members that the directory has not confirmed within the TTL.
 """
 
 from __future__ import annotations
@@ -22,8 +25,12 @@ from dataclasses import dataclass, field
 from kvpool.arena import PageArena
 from kvpool.cluster.agent import NodeAgent
 from kvpool.cluster.links import NodeLinks
+from kvpool.cluster.locate import Cut
+from kvpool.cluster.members import Member
 from kvpool.cluster.placement import Rendezvous
 from kvpool.cluster.pool import ClusterPool
+from kvpool.cluster.replicas import ReplicaPolicy
+from kvpool.cluster.segments import placement_name, units_of
 from kvpool.core import PoolCore
 from kvpool.errors import MissError
 from kvpool.keys import KeyChain, Namespace
@@ -59,7 +66,23 @@ PROFILES = {
     "directory": ("lose", "down", "cut off"),
     "network": ("reset", "hole", "stall"),
     "drain": ("drain",),
-    "chaos": ("restart", "kill", "evict", "late", "lose", "down", "cut off", "reset", "hole", "stall", "drain"),
+    "join": ("join", "join", "quiet kill"),
+    "frozen": ("stop", "stop", "lose", "cut off", "join"),
+    "chaos": (
+        "restart",
+        "kill",
+        "evict",
+        "late",
+        "lose",
+        "down",
+        "cut off",
+        "reset",
+        "hole",
+        "stall",
+        "drain",
+        "join",
+        "stop",
+    ),
 }
 
 
@@ -97,11 +120,13 @@ class World:
         self.profile = rng.choice(tuple(PROFILES))
         self.store = Store(self.loop, rng)
         self.nodes = [Node(f"n{i}", 7001 + i) for i in range(rng.choice((2, 3, 3, 4)))]
+        self.factor = rng.choice((1, 2))
         self.prompts = self._prompts(rng.randint(2, 3))
         self.put: dict[int, set[int]] = {i: set() for i in range(len(self.prompts))}
         self.tried: dict[int, set[int]] = {i: set() for i in range(len(self.prompts))}
-        self.hits = self.misses = self.errors = 0
+        self.hits = self.misses = self.errors = self.copies = 0
         self.faults: list[str] = []
+        self.safe: dict[int, set[int]] = {}
         self.config = EndpointConfig(
             keepalive_s=0.2,
             dead_after_s=0.8,
@@ -152,7 +177,11 @@ class World:
             clock=self.loop.time,
             network=network,
             entropy=self.rng.randbytes,
+            replicas=ReplicaPolicy(factor=self.factor, most=3, hits_per_copy=5.0),
+            copy_bytes_per_s=self.rng.choice((None, 5e4)),
+            load=lambda: node.server.sending_bytes,
         )
+        node.server.on_read = node.agent.read
         await node.endpoint.listen("10.0.0.1", node.port)
         try:
             await node.agent.join(
@@ -162,6 +191,8 @@ class World:
             self.log(f"{node.name} cannot join: {error}")
             await self.stop(node)
             return
+        assert node.agent.keeper is not None
+        node.agent.keeper.on_copy = lambda to: self.copying(node, to)
         node.up = True
         self.log(f"{node.name} is up, incarnation {node.incarnation}")
 
@@ -174,6 +205,17 @@ class World:
         node.arena.close()
         self.log(f"{node.name} is gone")
 
+    def copying(self, node: Node, to: Member) -> None:
+        """``node`` begins a copy; it may only by a view that is true enough."""
+        now, store = self.loop.time(), self.store
+        self.copies += 1
+        age = now - store.confirmed.get(node.name, float("-inf"))
+        self.log(f"{node.name} copies to {to.id}, by a view of {age:.2f} s ago")
+        if age > TTL_S + 0.01:
+            self.violate(f"{node.name} copies to {to.id} by a view of {age:.1f} s ago")
+        if store.lost_at + 0.7 * TTL_S < now < store.lost_at + 2 * TTL_S:
+            self.violate(f"{node.name} copies {now - store.lost_at:.1f} s after the directory has lost everything")
+
     async def client(self, name: str) -> ClusterPool:
         links = NodeLinks(
             self.config,
@@ -182,7 +224,15 @@ class World:
             network=self.network.of(name),
             entropy=self.rng.randbytes,
         )
-        pool = ClusterPool(SimDirectory(self.store, name), links, placement=Rendezvous(), ttl_s=TTL_S, answer_s=0.5)
+        pool = ClusterPool(
+            SimDirectory(self.store, name),
+            links,
+            placement=Rendezvous(),
+            ttl_s=TTL_S,
+            answer_s=0.5,
+            random=self.rng.random,
+            entropy=self.rng.randbytes,
+        )
         await pool.start()
         return pool
 
@@ -290,6 +340,52 @@ class World:
         if node is not None and sum(n.up for n in self.nodes) > 1:
             await self.stop(node)
 
+    async def fault_join(self) -> None:
+        if len(self.nodes) < 6:
+            node = Node(f"n{len(self.nodes)}", 7001 + len(self.nodes))
+            self.nodes.append(node)
+            await self.start(node)
+
+    async def kept(self, patience_s: float = 30.0) -> bool:
+        """Wait until no node has anything to copy; whether that came."""
+        until = self.loop.time() + patience_s
+        quiet = 0
+        while quiet < 4 and self.loop.time() < until:
+            await asyncio.sleep(0.25)
+            keepers = [n.agent.keeper for n in self.nodes if n.up]
+            idle = all(k is not None and k.idle and not k.progress.waiting for k in keepers)
+            quiet = quiet + 1 if idle else 0
+        return quiet >= 4
+
+    async def fault_quiet_kill(self) -> None:
+        """A node dies when all that was put has its copies."""
+        if self.factor < 2 or sum(n.up for n in self.nodes) < 3:
+            return
+        if await self.kept():
+            # Puts go on; what was sealed before is safe.
+            before = {which: set(lengths) for which, lengths in self.put.items()}
+            await self.kept()
+            node = self._some()
+            assert node is not None
+            await self.stop(node)
+            self.safe = before
+
+    async def fault_stop(self) -> None:
+        """SIGSTOP, and SIGCONT later: what it knew is old then, and it does not know."""
+        node = self._some()
+        if node is None:
+            return
+        seconds = self.rng.choice((0.3, 1.5, 3.0))
+        event = self.store.stopped[node.name] = asyncio.Event()
+        for pair in self.network.live():
+            for stream in pair:
+                if stream.name.startswith((f"{node.name}>", f"{node.name}<")):
+                    stream.stall(seconds)
+                    stream.pause(seconds)
+        await asyncio.sleep(seconds)
+        self.store.stopped.pop(node.name, None)
+        event.set()
+
     async def fault_evict(self) -> None:
         node = self._some()
         if node is not None:
@@ -351,6 +447,9 @@ class World:
     async def check_quiet(self) -> None:
         """The faults are over: what the directory says holds."""
         self.store.down, self.store.late = False, 0.0
+        for event in self.store.stopped.values():
+            event.set()
+        self.store.stopped.clear()
         self.store.cut_off.clear()
         await asyncio.sleep(3.6)  # what was announced late has arrived
         pool = await self.client("judge")
@@ -374,8 +473,35 @@ class World:
                 gone = lengths - set(last[which])
                 if gone:
                     self.violate(f"prompt {which}: {sorted(gone)} were put and are gone, and no node was lost")
+        await self._check_copies(pool, ns, last)
         await self._check_loss(pool, ns, last)
         await pool.close()
+
+    async def _check_copies(self, pool: ClusterPool, ns: Namespace, last: dict[int, tuple[int, ...]]) -> None:
+        """All is calm: what should have been copied is."""
+        if not await self.kept(60.0):
+            self.violate("nodes do not come to an end of copying")
+        for which, lengths in self.safe.items():
+            gone = lengths - set(last[which])
+            if gone:
+                self.violate(f"prompt {which}: {sorted(gone)} had two copies and are gone with one node")
+        await asyncio.sleep(1.0)  # announced
+        up = [n.agent.member for n in self.nodes if n.up]
+        if self.profile in ("calm", "join", "restarts"):
+            for which, tokens in enumerate(self.prompts):
+                if not last[which]:
+                    continue
+                found = Cut(ns, units_of(ns), KeyChain(ns, tokens[: last[which][-1]]).blocks)
+                found.fill(await pool.directory.look(found.keys), pool.roster.incarnations())
+                for unit, segment in found.parts:
+                    holders = {h.node for h in found.holders[unit, segment.index]}
+                    homes = [m.id for m in Rendezvous("a").order(placement_name(found.blocks[segment.first]), up)]
+                    if holders and self.factor == 2 and len(holders) < min(2, len(up)):
+                        self.violate(
+                            f"prompt {which}: segment {segment.index} of unit {unit} has only {len(holders)} copies"
+                        )
+                    if self.profile == "join" and holders and homes[0] not in holders:
+                        self.violate(f"prompt {which}: {homes[0]} lacks segment {segment.index} of unit {unit}")
 
     async def _check_healing(self, pool: ClusterPool, ns: Namespace) -> None:
         """Who believed an entry that a late announcement left behind has told its owner: nobody believes it again."""

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 from kvtransport import connection as connection_module
-from kvtransport import endpoint as endpoint_module
+from kvtransport import dialling as dialling_module
 from kvtransport.engine.incoming import PythonIncoming
 from kvtransport.sender import Sender
 from kvtransport.wire import frames
@@ -64,7 +64,7 @@ _ADD = RangeSet.add
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "claim not voided on takeover": lambda: mock.patch.object(PythonIncoming, "_win", _claim_not_voided),
     "cancel not waiting": lambda: mock.patch.object(Sender, "_settle", _no_settling),
-    "incarnation unchecked": lambda: mock.patch.object(endpoint_module, "ConnectionMachine", _Unfenced),
+    "incarnation unchecked": lambda: mock.patch.object(dialling_module, "ConnectionMachine", _Unfenced),
     "header check skipped": lambda: mock.patch.object(connection_module, "unpack_header", _unpack_unchecked),
     "range merged wrongly": lambda: mock.patch.object(RangeSet, "add", _merged_wrongly),
 }

@@ -434,7 +434,7 @@ async def test_data_right_behind_the_handshake_of_a_replaced_connection_is_not_l
     monkeypatch.setattr(
         pair.link.lanes, "join", lambda connection: asyncio.get_running_loop().call_later(0.1, join, connection)
     )
-    manifest = make_manifest(8000)
+    manifest = make_manifest(64_000)  # long enough to be under way still when the connection is back
     source, target, sender, receiver, _ = begin(pair, manifest, hybrid, from_dialler=False)
     await moved(receiver, CHUNK)
     pair.link.connections[0].fail(PeerLostError("the test pulled the plug"), abort=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -30,7 +30,7 @@ from .members import Member, Pulse, Roster, State
 from .moving import Mover
 from .placement import Rendezvous
 from .replicas import ReplicaPolicy
-from .tasks import end
+from .tasks import end, keep_running
 
 ANNOUNCE_S = 0.05
 """Between two rounds of announcements while something changes."""
@@ -185,13 +185,15 @@ class NodeAgent:
             grace_s=ttl_s,
         )
         self._watchers.add(keeper)
+        links = self._links
+        loops: dict[str, Callable[[], Awaitable[None]]] = {
+            "cluster members": lambda: self._follow(directory, roster),
+            "cluster keeping": lambda: keeper.run(directory, links, roster, lambda: self.state),
+            "cluster beat": lambda: self._beat(directory, pulse),
+            "cluster announce": lambda: self._announce(directory),
+        }
         loop = asyncio.get_running_loop()
-        self._tasks = [
-            loop.create_task(self._follow(directory, roster), name="cluster members"),
-            loop.create_task(keeper.run(directory, self._links, roster, lambda: self.state), name="cluster keeping"),
-            loop.create_task(self._beat(directory, pulse), name="cluster beat"),
-            loop.create_task(self._announce(directory), name="cluster announce"),
-        ]
+        self._tasks = [loop.create_task(keep_running(work, name), name=name) for name, work in loops.items()]
 
     async def probe(self, address: str, config: EndpointConfig | None = None) -> None:
         """Dial the advertised address and see whether this process answers."""

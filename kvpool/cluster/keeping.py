@@ -52,7 +52,7 @@ class Kept(msgspec.Struct):
     moved_bytes: int = 0
     failed: int = 0
     waiting: int = 0
-    """Chains that are still to be looked at."""
+    """Chains that are still to be looked at, or are being copied."""
     scanned: int = 0
     """Chains of the last scan (a node came or went), of which those waiting are left."""
     held_up: bool = False
@@ -208,9 +208,9 @@ class Keeper:
             roster.failed()
             return
         for (name, what), found in zip(chains.items(), answers, strict=True):
-            self.progress.waiting = max(self.progress.waiting - 1, 0)
             try:
-                await self._keep(what, found, roster, copier)
+                if not await self._keep(what, found, roster, copier):
+                    self._queue.setdefault(name, work[name])  # when the view is good again, with a new look
             except MissError:
                 pass  # evicted here meanwhile
             except KVError as error:
@@ -218,6 +218,7 @@ class Keeper:
                 self._again(name, work[name])
             else:
                 self._tries.pop(name, None)
+            self.progress.waiting = max(self.progress.waiting - 1, 0)
 
     def _again(self, name: bytes, work: Work) -> None:
         tries = self._tries[name] = self._tries.get(name, 0) + 1
@@ -240,8 +241,8 @@ class Keeper:
                 out.add(member.id)
         return out
 
-    async def _keep(self, what: Copyable, found: dict[str, bytes], roster: Roster, copier: Copier) -> None:
-        """Make the copies of one chain that this node has to make."""
+    async def _keep(self, what: Copyable, found: dict[str, bytes], roster: Roster, copier: Copier) -> bool:
+        """Make the copies of one chain that this node has to make. False: the view grew old, and they may not all be there."""
 
         def steady() -> bool:
             return roster.steady(self._clock())
@@ -256,7 +257,7 @@ class Keeper:
         for node in missing(order, holders, wanted, self._node):
             member = members[node]
             if not steady():
-                break
+                return False
             if len(holders) >= wanted and (not self._rebalance or member.used > FULL_PART * member.capacity):
                 continue
             if not await copier.has(member, what):
@@ -264,5 +265,8 @@ class Keeper:
                     self.on_copy(member)
                 nbytes = await copier.copy(member, what, self._pacer, steady)
                 self.progress.moved_bytes += nbytes
+                if not steady():
+                    return False  # the copy may have been cut short: its node will be asked
                 self.progress.copies += 1
             holders.add(node)
+        return True

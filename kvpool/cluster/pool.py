@@ -29,7 +29,7 @@ from .objects import FlatObjects
 from .peers import PeerDirectory
 from .placement import LocalFirst, Placement, Rendezvous
 from .reading import Reader
-from .tasks import end
+from .tasks import end, keep_running
 from .writing import Writer
 
 
@@ -88,7 +88,8 @@ class ClusterPool:
         self.roster.update(self._now(), await self.directory.snapshot())
         if not self.roster.members:
             raise NoNodeError("the cluster has no node: start a kvpoold that joins it")
-        self._watch = asyncio.get_running_loop().create_task(self._keep_up(), name="cluster members")
+        watch = keep_running(self._keep_up, "cluster members")
+        self._watch = asyncio.get_running_loop().create_task(watch, name="cluster members")
 
     async def _keep_up(self) -> None:
         while True:

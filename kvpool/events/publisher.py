@@ -12,7 +12,7 @@ from typing import Any
 
 from kvtransport.errors import ConfigError
 
-from ..cluster.tasks import end
+from ..cluster.tasks import end, keep_running
 from .log import EventLog
 from .sockets import check_bind, zeromq
 
@@ -63,9 +63,9 @@ class EventPublisher:
             raise
         self._log.changed = self._wake.set
         self._wake.set()
-        self._tasks = [loop.create_task(self._publish(), name="events publish")]
+        self._tasks = [loop.create_task(keep_running(self._publish, "events publish"), name="events publish")]
         if self._router is not None:
-            self._tasks.append(loop.create_task(self._serve(), name="events replay"))
+            self._tasks.append(loop.create_task(keep_running(self._serve, "events replay"), name="events replay"))
 
     @staticmethod
     def _bind(zmq: Any, context: Any, kind: int, endpoint: str) -> Any:

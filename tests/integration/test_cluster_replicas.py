@@ -161,10 +161,10 @@ async def test_without_rebalancing_a_node_that_joins_gets_nothing(world):
     assert joined.core.stat()["used_bytes"] == 0
 
 
-async def test_copies_are_no_faster_than_allowed_and_go_on_after_an_interruption(world):
-    """The target is stopped in the middle: what it has got stays, and the rest follows when it is back."""
+async def test_copies_are_no_faster_than_allowed_and_go_on_after_an_interruption(world, monkeypatch):
+    """The view grows old in the middle of a copy: nothing moves until it is good again, and then all that is missing does."""
     await world.node("n1", replicas=ReplicaPolicy(factor=2), copy_bytes_per_s=60_000)
-    await world.node("n2")
+    await world.node("n2", replicas=ReplicaPolicy(factor=2))
     await seen(world)
     pool = await world.pool()
     ns = await pool.namespace(CUT, STEP)
@@ -173,10 +173,23 @@ async def test_copies_are_no_faster_than_allowed_and_go_on_after_an_interruption
         await put(pool, ns, prompt, BOUNDARY)
     loop = asyncio.get_running_loop()
     begin = loop.time()
-    progress = world.nodes["n1"].agent.keeper.progress
+    agent = world.nodes["n1"].agent
+    progress = agent.keeper.progress
     async with asyncio.timeout(10):
         while not progress.moved_bytes:
             await asyncio.sleep(0.05)
     await asyncio.sleep(0.5)
     assert progress.moved_bytes < 60_000 * (loop.time() - begin) + 60_000
     assert progress.waiting > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(agent._roster, "steady", lambda now: False)
+        async with asyncio.timeout(10):
+            while not progress.held_up:
+                await asyncio.sleep(0.05)
+        before = progress.moved_bytes
+        await asyncio.sleep(0.5)
+        assert progress.moved_bytes == before
+        assert min([min(await copies(world, pool, ns, prompt)) for prompt in prompts]) == 1
+    await kept(world)
+    for prompt in prompts:
+        assert set(await copies(world, pool, ns, prompt)) == {2}

@@ -11,9 +11,10 @@ from setuptools import Extension, setup
 
 SOURCES = ["arena", "cuda", "dlpack", "mapping", "memory", "module", "pages", "pieces", "sockets"]
 SOURCES += ["planes", "tls", "tls_records", "tls_stream"]
-SOURCES += ["engine", "engine_types", "framing", "maps", "receiving", "sending", "stream"]
+SOURCES += ["conn_type", "engine", "engine_types", "framing", "incoming_type", "maps", "outgoing_type"]
+SOURCES += ["receiving", "sending", "stream"]
 SOURCES += ["xxh3_baseline", "xxh3_avx2", "xxh3_avx512"]
-HEADERS = ["engine", "kvnative", "mapping", "openssl", "tls", "xxh3", "xxh3_impl", "third_party/xxhash"]
+HEADERS = ["engine", "engine_types", "kvnative", "mapping", "openssl", "tls", "xxh3", "xxh3_impl", "third_party/xxhash"]
 
 native = Extension(
     "kvtransport._native",

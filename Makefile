@@ -14,6 +14,8 @@ TORCH ?= torch==2.13.0
 MODELS ?= kimi_linear qwen3_next gemma3 falcon_h1
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Files of tests side by side; many of them wait more than they work.
+PYTEST_JOBS ?= 2
 FUZZ_SECONDS ?= 60
 FUZZ_ARGS ?=
 FUZZ_FINDINGS ?= benchmarks/results/local/fuzz
@@ -85,8 +87,8 @@ $(VLLM_STAMP): $(BUILD_INPUTS) $(wildcard tests/engines/make_venv.sh tests/engin
 demo: $(DEMO_STAMP) ## The main job on loopback, without torch (DEMO_ARGS="--direct")
 	$(DEMO_VENV)/bin/kvpool demo $(DEMO_ARGS)
 
-test: $(TEST_STAMP) ## All tests, with torch and transformers (PYTEST_ARGS="-k ...")
-	$(TEST_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+test: $(TEST_STAMP) ## All tests, with torch and transformers (PYTEST_ARGS="-k ..." PYTEST_JOBS=2)
+	$(TEST_VENV)/bin/python -m pytest -n $(PYTEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-sim: $(TEST_STAMP) ## Transport over a simulated network: SEEDS=10000 schedules of faults, and the mutations they must notice
 	$(TEST_VENV)/bin/python -m tests.sim.transport --seeds 0:$(SEEDS) --json $(SIM_OUT)/seeds.json

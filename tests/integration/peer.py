@@ -99,11 +99,18 @@ class Peer:
         if self.config.get("at") == "open":
             await asyncio.sleep(0.05)
             self.strike("open")
-        handovers = [sender.ready(*slot, pages) for slot, pages in source.pages.items()]
+        slots = list(source.pages.items())
+        early = len(slots)
+        if self.config.get("at") == "data":
+            # The I/O threads would go on with what they have until the signal arrives: they do not have all of it.
+            early -= 1
+            assert sum(pages.nbytes for _, pages in slots[:early]) >= self.manifest.total_bytes // 4
+        handovers = [sender.ready(*slot, pages) for slot, pages in slots[:early]]
         if self.config.get("at") == "data":
             while sender.stats.moved_bytes < self.manifest.total_bytes // 4:
                 await asyncio.sleep(0)
             self.strike("data")
+        handovers += [sender.ready(*slot, pages) for slot, pages in slots[early:]]
         for handover in handovers:
             await handover.released()
         sealing = asyncio.ensure_future(sender.seal())

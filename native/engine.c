@@ -533,7 +533,7 @@ static void seal(kv_conn *conn, const kv_map *map) {
         }
         if (first) kv_engine_xxh3->reset(state, conn->out_check);
         first = false;
-        for (size_t i = 0; i < n; i++) kv_engine_xxh3->update(state, items[i].iov_base, items[i].iov_len);
+        kv_engine_xxh3->update_each(state, items, n);
     }
     kv_header_seal(conn->head, kv_engine_xxh3->digest(state));
 }

@@ -75,7 +75,7 @@ const char kv_hash_pages_doc[] =
 
 static void hash_iovs(void *state, const kv_iovs *iovs) {
     PyThreadState *save = iovs->nbytes > KV_GIL_BYTES ? PyEval_SaveThread() : NULL;
-    for (size_t i = 0; i < iovs->count; i++) xxh3->update(state, iovs->items[i].iov_base, iovs->items[i].iov_len);
+    xxh3->update_each(state, iovs->items, iovs->count);
     if (save) PyEval_RestoreThread(save);
 }
 

@@ -7,6 +7,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/uio.h>
 
 typedef struct {
     const char *name;
@@ -14,6 +15,8 @@ typedef struct {
     void (*destroy)(void *state);
     void (*reset)(void *state, uint64_t seed);
     void (*update)(void *state, const void *data, size_t nbytes);
+    /* All of them in turn; the next one is fetched meanwhile: memory that is scattered in pages stops the processor's own look ahead. */
+    void (*update_each)(void *state, const struct iovec *items, size_t count);
     uint64_t (*digest)(const void *state);
     uint64_t (*one_shot)(const void *data, size_t nbytes, uint64_t seed);
 } kv_xxh3;

@@ -65,23 +65,36 @@ class Server:
         self.arguments = arguments
         self.sentinel = sentinel
         """Path of a sentinel's settings: it is one, then."""
-        self.port = free_port()
         self.folder = tempfile.mkdtemp(prefix="kvpool-valkey-")
         self.process: subprocess.Popen[bytes] | None = None
-        self.start()
+        for attempt in range(5):  # between the look and the bind another may take a port
+            self.port = free_port()
+            # A member of a Valkey Cluster listens on a second one: by default 10,000 above, where outgoing connections are.
+            self.ports = ["--port", str(self.port), "--cluster-port", str(free_port())]
+            try:
+                self.start()
+            except RuntimeError:
+                if attempt == 4:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                    raise
+            else:
+                break
 
     def start(self) -> None:
-        command = [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.folder]
+        command = [self.program, *self.ports, "--bind", "127.0.0.1", "--dir", self.folder]
         command += ["--save", "", "--appendonly", "no", *self.arguments]
         if self.sentinel is not None:
             command = [self.program, self.sentinel, "--sentinel", "--port", str(self.port), "--bind", "127.0.0.1"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
-            time.sleep(0.02)
-        raise RuntimeError(f"{self.program} did not start")
+        with tempfile.TemporaryFile() as said:
+            self.process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline and self.process.poll() is None:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                    return
+                time.sleep(0.02)
+            self.kill()
+            said.seek(0)
+            raise RuntimeError(f"{self.program} did not start: {said.read()[-2000:].decode('utf-8', 'replace')}")
 
     def kill(self) -> None:
         assert self.process is not None

@@ -114,6 +114,10 @@ def _timed(pages: PageList, codec: Codec) -> tuple[bytes | None, float]:
     return payload, time.thread_time() - begun
 
 
+def _nobody(key: int, unit: Any) -> None:
+    """In the place of a transfer that has ended."""
+
+
 class CodingStage:
     """Of one outgoing transfer, between its ready units and the engine. ``added(key, unit)``: a span of it is the engine's."""
 
@@ -172,6 +176,7 @@ class CodingStage:
     def close(self) -> None:
         """Nothing more is begun; a chunk that is being coded is read to its end (``copies`` has it)."""
         self._closed = True
+        self._added = _nobody
         self._waiting.clear()
         if self._timer is not None:
             self._timer.cancel()

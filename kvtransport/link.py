@@ -210,6 +210,7 @@ class Link:
             raise DeadlineError(f"{self.peer} did not answer {verb!r} within {timeout_s:g} s") from None
         finally:
             self._calls.pop(number, None)
+            del future  # holds the error, whose traceback holds this frame
 
     def telemetry(self) -> LinkTelemetry:
         """What the link does now and why; cheap enough to ask for several times a second."""

@@ -66,6 +66,14 @@ class Expectation:
     on_end: Callable[[KVError | None], None] | None = None
 
 
+def _granted_nothing(manifest: Manifest) -> Mapping[tuple[int, int], PageList]:
+    raise TransferError("this transfer has ended")
+
+
+_OVER = Expectation(_granted_nothing)
+"""In the place of what was wanted once it is over: what is called for a transfer usually refers to it, and would keep it alive."""
+
+
 class Receiver:
     """One incoming transfer; made by :meth:`kvtransport.endpoint.Endpoint.expect`.
 
@@ -497,8 +505,9 @@ class Receiver:
         self._endpoint.forget_receiver(self)
         if self._link is not None:
             self._link.forget_receiver(self, self._last if self._machine.terminal else None)
-        if self._wanted.on_end is not None:
-            self._wanted.on_end(error)
+        wanted, self._wanted = self._wanted, _OVER
+        if wanted.on_end is not None:
+            wanted.on_end(error)
 
     def _send_accept(self, via: AnyConnection | None) -> None:
         assert self._into is not None

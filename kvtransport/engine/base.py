@@ -92,6 +92,32 @@ class IncomingOwner(Protocol):
         """Say that credit has moved (as above)."""
 
 
+class Nobody:
+    """The owner of what is closed: it hears of nothing. In the place of a transfer, which would otherwise keep itself alive until a
+    garbage collector comes by."""
+
+    def on_acked(self, acked: Sequence[tuple[int, int, int]], keys: Sequence[int]) -> None:
+        pass
+
+    def on_applied(self, ranges: Sequence[Applied]) -> None:
+        pass
+
+    def on_corrupt(self, header: Header) -> None:
+        pass
+
+    def on_odd(self, why: Odd, header: Header) -> None:
+        pass
+
+    def acknowledge(self, ranges: Sequence[tuple[int, int, int, int]]) -> None:
+        pass
+
+    def give_credit(self, limit: int) -> None:
+        pass
+
+
+NOBODY = Nobody()
+
+
 class Outgoing(Protocol):
     """One transfer's chunks on their way out. Nothing leaves before :meth:`accept`."""
 

@@ -18,7 +18,7 @@ from ..errors import LimitError
 from ..flow.credit import ReceiverCredit
 from ..wire.frames import Flag, Header
 from ..wire.ranges import RangeSet
-from .base import IncomingOwner, IncomingStats, Odd, Placed, Slot
+from .base import NOBODY, IncomingOwner, IncomingStats, Odd, Placed, Slot
 
 if TYPE_CHECKING:
     from ..connection import AnyConnection
@@ -48,7 +48,7 @@ class PythonIncoming:
         unchecked: bool,
     ) -> None:
         self._lanes = lanes
-        self._owner = owner
+        self._owner: IncomingOwner = owner
         self._loop = asyncio.get_running_loop()
         self.transfer = transfer
         self._granted = dict(granted)
@@ -83,6 +83,7 @@ class PythonIncoming:
         self._claims.clear()
         self._granted.clear()
         self._lanes.forget_incoming(self)
+        self._owner = NOBODY
 
     # -- what the connections ask --------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from ..io.tcp import LAST_WORD_S, SO_MAX_PACING_RATE, TCP_INFO, TcpStream, pacin
 from ..io.tls import TlsStream, alert_error, native_records
 from ..wire import bodies
 from ..wire.frames import HEADER_BYTES, MAGIC, FrameType, Header, Limits, encode_control, unpack_header
-from .base import IncomingOwner, IncomingStats, Odd, OutgoingOwner, OutgoingStats, Placed, Slot
+from .base import NOBODY, IncomingOwner, IncomingStats, Odd, OutgoingOwner, OutgoingStats, Placed, Slot
 
 if TYPE_CHECKING:
     from .. import _native
@@ -402,7 +402,7 @@ class NativeOutgoing:
         checksum: bool,
     ) -> None:
         self._engine = engine
-        self._owner = owner
+        self._owner: OutgoingOwner = owner
         self._tag = engine.listen(self)
         self._native = group.outgoing(transfer, list(slots), self._tag, priority, checksum)
         self.accept = self._native.accept
@@ -435,6 +435,7 @@ class NativeOutgoing:
     def close(self) -> None:
         self._engine.forget(self._tag)
         self._native.close()
+        self._owner = NOBODY
 
     def told(self, event: tuple[Any, ...]) -> None:
         self._owner.on_acked(event[2], event[3])
@@ -455,7 +456,7 @@ class NativeIncoming:
         eager: bool,
     ) -> None:
         self._engine = engine
-        self._owner = owner
+        self._owner: IncomingOwner = owner
         self._tag = engine.listen(self)
         slots = [(layer, tensor, n, p.base, p.pieces) for (layer, tensor), (p, n) in granted.items()]
         total = sum(nbytes for _, nbytes in granted.values())
@@ -486,6 +487,7 @@ class NativeIncoming:
     def close(self) -> None:
         self._engine.forget(self._tag)
         self._native.close()
+        self._owner = NOBODY
 
     def told(self, event: tuple[Any, ...]) -> None:
         kind = event[0]

@@ -13,7 +13,7 @@ from ..buffers import PageList
 from ..connection import Connection, OutFrame, data_head
 from ..flow.chunking import MIN_CHUNK, next_cut
 from ..flow.credit import SenderCredit
-from .base import OutgoingOwner, OutgoingStats, Slot
+from .base import NOBODY, OutgoingOwner, OutgoingStats, Slot
 
 if TYPE_CHECKING:
     from ..connection import AnyConnection
@@ -69,7 +69,7 @@ class PythonOutgoing:
         checksum: bool,
     ) -> None:
         self._lanes = lanes
-        self._owner = owner
+        self._owner: OutgoingOwner = owner
         self._loop = asyncio.get_running_loop()
         self.transfer = transfer
         self.priority = priority
@@ -189,6 +189,7 @@ class PythonOutgoing:
             for span in spans:
                 self._drop(span)
             spans.clear()
+        self._owner = NOBODY
 
     # -- what the connections ask --------------------------------------------------------------
 

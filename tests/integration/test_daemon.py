@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from kvpool.arena import PageArena
 from kvpool.client import PoolClient, connect
 from kvpool.core import PoolCore
+from kvpool.errors import MissError
 from kvpool.keys import KeyChain
 from kvpool.match import Reason
 from kvpool.messages import keys_to_wire
@@ -119,6 +122,49 @@ def expected(ns, source: Cache, boundary: int) -> dict:
         if extent.spans[0].tokens and extent.spans[0].first == 0:
             out[slot] = data[: extent.nbytes]
     return out
+
+
+async def test_what_is_over_leaves_no_cycles(served, hybrid):
+    """A collector that spares what is old (kvpool.collecting) would keep them for hours."""
+    client = await served.client()
+    ns = await client.namespace(hybrid, 16)
+
+    async def everything(seed: int) -> None:
+        chain = KeyChain(ns, tokens(161, seed))
+        sender = await client.put(ns, chain, boundary=160)
+        for extent in sender.manifest.extents:
+            sender.ready(extent.layer, extent.tensor, PageList.of(bytes(extent.nbytes)))
+        await sender.seal()
+        lease = await client.lease(ns, chain, 160, 60.0)
+        into = {(e.layer, e.tensor): PageList.of(bytearray(e.nbytes)) for e in sender.manifest.extents}
+        receiver = await client.get(ns, chain, boundary=160, into=into)
+        await receiver.sealed()
+        await client.release(lease.id)
+        with pytest.raises(MissError):
+            await client.get(ns, KeyChain(ns, tokens(161, seed + 1_000)), boundary=160, into={})
+        given_up = await client.put(ns, KeyChain(ns, tokens(161, seed + 2_000)), boundary=160)
+        await given_up.cancel("given up")
+        for size in (100, 300_000):
+            await client.put_objects({b"a": bytes(size), b"b": b"x"})
+            assert [len(o) for o in await client.get_objects([b"a", b"b", b"c"]) if o is not None] == [size, 1]
+
+    await everything(1)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for seed in range(2, 6):
+            await everything(seed)
+        while served.server.active:
+            await asyncio.sleep(0.01)
+        gc.collect()
+        kinds = Counter(type(o).__name__ for o in gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    ours = ("Sender", "Receiver", "Put", "Get", "FlatPut", "FlatGet", "KeyChain", "Manifest", "PageList", "MissError")
+    assert not {name: kinds[name] for name in ours if kinds[name]}, kinds
 
 
 async def test_client_has_the_pools_interface(served):

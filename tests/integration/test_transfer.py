@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -565,6 +567,48 @@ async def test_many_transfers_share_a_link(pair, hybrid, make_manifest):
         assert target.bytes() == source.bytes()
 
     await asyncio.gather(*(one(i) for i in range(24)))
+
+
+@pytest.mark.parametrize("how", ["sealed", "cancelled", "failed"])
+async def test_what_is_over_is_not_kept_alive_for_a_garbage_collector(pair, hybrid, make_manifest, how):
+    await pair.start()
+    manifest = make_manifest()
+    source, target = Cache(manifest, seed=2), Cache(manifest, blank=True)
+    ended = []
+
+    def expected():
+        # What is called at the end refers to the transfer, as a server's does.
+        made = expect(pair, manifest, target, hybrid, on_end=lambda error: ended.append((error, made.stats)))
+        return made
+
+    gc.collect()
+    gc.disable()
+    try:
+        receiver = expected()
+        sender = pair.link.open(manifest)
+        if how == "sealed":
+            hand_over_all(sender, source)
+            await asyncio.gather(sender.seal(), receiver.sealed())
+        elif how == "cancelled":
+            await sender.accepted()
+            await sender.cancel("no more")
+        else:
+            await sender.accepted()
+            receiver.fail(RefusedError("not this one"))
+        while sender.error is None and not sender.stats.sealed_s:
+            await asyncio.sleep(0.001)
+        while not ended:
+            await asyncio.sleep(0.001)
+        left = [weakref.ref(sender), weakref.ref(receiver)]
+        ended.clear()
+        del sender, receiver
+        for _ in range(200):
+            if not any(ref() for ref in left):
+                break
+            await asyncio.sleep(0.01)
+        assert [ref() for ref in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 async def test_calls(pair):

@@ -3,6 +3,9 @@
 A full collection looks at every container alive, and is due whenever a quarter more have come: some 10 ms per 100,000. Here what has
 survived one is *frozen*: moved out of the collector's sight, so that the next looks only at what came since. Frozen objects still go
 when nothing refers to them; only cycles among them do not. For their sake everything is looked at again, rarely, and when it is quiet.
+
+Python looks at the young ones in the middle of whatever creates one too many: that may be a call that holds lists of thousands of keys,
+each of which is looked at too. Here they have their turn between calls, when such lists are gone.
 """
 
 from __future__ import annotations
@@ -11,6 +14,10 @@ import gc
 from collections.abc import Callable
 
 NEVER = 1 << 30
+YOUNG = 700
+"""New containers that are worth a look, as Python has it."""
+MOST_YOUNG = 20_000
+"""So many are not waited with: they came between two ticks."""
 EVERYTHING_S = 600.0
 """Between two looks at everything, when it is quiet."""
 AT_LAST_S = 6 * 3_600.0
@@ -18,7 +25,7 @@ AT_LAST_S = 6 * 3_600.0
 
 
 class Collector:
-    """Takes over full collections from :meth:`start` to :meth:`stop`; the young generations stay Python's. ``clock`` in seconds.
+    """Takes over collections from :meth:`start` to :meth:`stop`. ``clock`` in seconds.
 
     One per process.
     """
@@ -31,21 +38,23 @@ class Collector:
     def start(self) -> None:
         """What is there now (modules, mostly) stays."""
         self._thresholds = gc.get_threshold()
-        young, middle, _ = self._thresholds
-        gc.set_threshold(young, middle, NEVER)
+        gc.set_threshold(MOST_YOUNG, self._thresholds[1], NEVER)
         self._everything()
 
     def tick(self, *, quiet: bool) -> bool:
-        """Collect what came since the last time, if any of it is old enough; called a few times a second. Whether everything was looked at.
+        """Collect what came since the last time; called a few times a second, between calls. Whether everything was looked at.
 
         ``quiet``: nobody waits, a pause would not be noticed.
         """
         if self._clock() - self._last >= (EVERYTHING_S if quiet else AT_LAST_S):
             self._everything()
             return True
-        if gc.get_count()[2]:
+        young, middle, old = gc.get_count()
+        if old:
             gc.collect()
             gc.freeze()
+        elif young >= YOUNG:
+            gc.collect(1 if middle >= self._thresholds[1] else 0)
         return False
 
     def _everything(self) -> None:

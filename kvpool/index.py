@@ -394,14 +394,14 @@ class Tree:
         here[position] = here.get(position, 0) + 1
         return node
 
-    def _take_turns(self, keys: Sequence[bytes], path: Nodes, first: int) -> None:
+    def _take_turns(self, keys: list[bytes], path: Nodes, first: int) -> None:
         """Turns and kinds of the new nodes ``path[first:]``; the turns of nodes that were evicted lately are remembered."""
         turn, unit = self.turn_after(path[:first]), 0 if self.full is None else self.full
-        at = first
-        while at < len(keys) and (ghost := self._ghosts.get(self.number, unit, keys[at])) is not None:
-            self._turn[path[at]] = ghost.turn
-            turn = ghost.turn + 1
-            at += 1
+        known = self._ghosts.turns(self.number, unit, keys[first:])
+        at = first + len(known)
+        if len(known):
+            self._turn[path[first:at]] = known
+            turn = int(known[-1]) + 1
         self._turn[path[at:]] = turn
         self._kind[path[first:]] = self._policy.kind_of(
             int(self._turn[path[-1]]), (len(keys) - at) * self.ns.block_tokens
@@ -584,7 +584,7 @@ class Tree:
             self._resident[u, held] = self._queued[u, held] = False
             self._generation[u, held] += 1
             gone = keys if len(held) == len(run) else [k for k, was in zip(keys, there.tolist(), strict=True) if was]
-            self._ghosts.add(self.number, u, gone, self._clock(), why, turns[there].tolist())
+            self._ghosts.add(self.number, u, gone, self._clock(), why, turns[there])
             if self.watcher is not None:
                 self.watcher.removed(self, u, held)
         self._free(slabs)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 import weakref
 
 import numpy as np
 import pytest
 
 from kvpool import memory
-from kvpool.collecting import AT_LAST_S, EVERYTHING_S, Collector
+from kvpool.collecting import AT_LAST_S, EVERYTHING_S, MOST_YOUNG, YOUNG, Collector
 from kvpool.errors import DuplicateRequestError, PoolFullError
 from kvpool.eviction import GhostList
 from kvpool.eviction.base import Stored
@@ -209,26 +210,57 @@ def test_learning_later_is_learning_the_same():
     assert described[0]["candidates"] == described[2]["candidates"]
 
 
+def turns(*values):
+    return np.array(values, np.int32)
+
+
 def test_ghosts_in_runs():
     ghosts = GhostList(limit=10)
-    ghosts.add(0, 1, [b"a", b"b", b"c", b"d"], 1.0, "capacity", [1, 1, 2, 2])
+    ghosts.add(0, 1, [b"a", b"b", b"c", b"d"], 1.0, "capacity", turns(1, 1, 2, 2))
     assert [ghosts.get(0, 1, key).turn for key in (b"a", b"b", b"c", b"d")] == [1, 1, 2, 2]
+    assert ghosts.turns(0, 1, [b"b", b"d", b"x", b"a"]).tolist() == [1, 2]
     assert ghosts.get(0, 0, b"a") is None
+    assert ghosts.turns(0, 0, [b"a"]).tolist() == []
     ghosts.drop(0, 1, [b"b", b"x"])
     ghosts.drop(7, 7, [b"b"])
     assert (ghosts.get(0, 1, b"b"), len(ghosts)) == (None, 3)
-    ghosts.add(0, 1, [b"b", b"c"], 2.0, "quota", [3, 3])
-    assert ghosts.get(0, 1, b"c").why == "quota"
-    # Four runs' keys are ten: of the oldest run the first is forgotten, and what went again later stays.
-    ghosts.add(1, 0, [b"%d" % i for i in range(5)], 3.0, "capacity", [1] * 5)
+    # One of them was never said to be there again: it went anew all the same.
+    ghosts.add(0, 1, [b"b", b"c"], 2.0, "quota", turns(3, 3))
+    assert (ghosts.get(0, 1, b"c").why, ghosts.get(0, 1, b"c").turn, len(ghosts)) == ("quota", 3, 4)
+    # Three runs' keys are eleven: of the oldest run the first is forgotten, and what went again later stays.
+    ghosts.add(1, 0, [b"%d" % i for i in range(5)], 3.0, "capacity", turns(1, 1, 1, 1, 1))
     assert ghosts.get(0, 1, b"a") is None
     assert ghosts.get(0, 1, b"d").at == 1.0
-    ghosts.add(1, 0, [b"9"] * 3, 4.0, "capacity", [1] * 3)
+    ghosts.add(1, 0, [b"7", b"8", b"9"], 4.0, "capacity", turns(1, 1, 1))
     assert ghosts.get(0, 1, b"c").at == 2.0
     assert ghosts.get(0, 1, b"d") is None
-    ghosts.add(1, 0, [b"%d" % i for i in range(20)], 5.0, "capacity", [1] * 20)
-    assert ghosts.get(1, 0, b"9") is None or len(ghosts) <= 10
+    ghosts.add(1, 0, [b"x%d" % i for i in range(20)], 5.0, "capacity", turns(*[1] * 20))
+    assert ghosts.get(1, 0, b"9") is None
+    assert ghosts.get(1, 0, b"x9") is None
+    assert ghosts.get(1, 0, b"x10").why == "capacity"
     assert len(ghosts) == 10
+    assert list(ghosts._places) == [(1, 0)]  # of what was forgotten wholly nothing is left
+
+
+def test_ghosts_like_a_list():
+    """At random, against the plainest thing that does the same."""
+    rng = random.Random(3)
+    ghosts, plain = GhostList(limit=50), []  # (place, key, run) in the order of going; a key that came back has no run
+    for number in range(2_000):
+        place = (rng.randrange(2), rng.randrange(2))
+        keys = [b"%d" % k for k in rng.sample(range(120), rng.randrange(1, 12))]
+        if rng.random() < 0.4:
+            ghosts.drop(*place, keys)
+            plain = [(p, k, None if p == place and k in keys else r) for p, k, r in plain]
+            continue
+        ghosts.add(*place, keys, float(number), "capacity", turns(*[number] * len(keys)))
+        plain = [(p, k, None if p == place and k in keys else r) for p, k, r in plain]
+        plain = (plain + [(place, k, number) for k in keys])[-50:]
+        known = {(p, k): r for p, k, r in plain if r is not None}
+        assert len(ghosts) == len(known)
+        for k in rng.sample(range(120), 10):
+            found = ghosts.get(*place, b"%d" % k)
+            assert (found and found.at) == known.get((place, b"%d" % k))
 
 
 class Cycle:
@@ -266,3 +298,37 @@ def test_the_collector_spares_what_is_old_and_finds_its_cycles_when_it_is_quiet(
         collector.stop()
     assert gc.get_threshold() == before
     assert gc.get_freeze_count() == 0
+
+
+def test_the_collector_looks_at_the_young_between_calls():
+    looked = []
+
+    def note(phase, info):
+        if phase == "stop":
+            looked.append(info["generation"])
+
+    collector = Collector(lambda: 0.0)
+    collector.start()
+    gc.callbacks.append(note)
+    try:
+        lost = weakref.ref(Cycle())
+        kept = [[] for _ in range(5 * YOUNG)]  # Python would have looked five times
+        assert not looked
+        assert lost() is not None
+        collector.tick(quiet=False)
+        assert looked == [0]
+        assert lost() is None
+        collector.tick(quiet=False)
+        assert looked == [0]  # nothing came since
+        for _ in range(30):
+            kept += [[] for _ in range(YOUNG)]
+            collector.tick(quiet=False)
+        assert set(looked) == {0, 1, 2}
+        frozen = gc.get_freeze_count()
+        assert frozen > YOUNG
+        looked.clear()
+        kept += [[] for _ in range(2 * MOST_YOUNG)]  # so many do not wait
+        assert looked
+    finally:
+        gc.callbacks.remove(note)
+        collector.stop()

@@ -112,10 +112,11 @@ class PageArena:
             Arena(count * 8, lock="off", cuda="off", huge="off", name="kvpool-generations") if share else None
         )
         self.page_generation: NDArray[np.int64] = (
-            np.zeros(count, dtype=np.int64)
+            np.empty(count, dtype=np.int64)
             if self.generation_arena is None
             else np.frombuffer(memoryview(self.generation_arena), np.int64, count)
         )
+        self.page_generation[:] = 0  # written: memory that is touched for the first time takes its time, later, from a put
         # Popped from the end: the first allocations get ascending, adjacent pages.
         self._free = np.arange(count - 1, -1, -1, dtype=np.int32)
         self._top = count

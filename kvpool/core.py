@@ -16,7 +16,7 @@ from kvtransport.layout import CacheLayout, GroupKind
 
 from .admission import CheckpointHints, hints_of_view
 from .arena import BlockClass, PageArena, Slab, Slabs
-from .deadlines import Deadlines, Lease
+from .deadlines import Deadlines, Lease, Timed
 from .errors import KeyChainError, LeaseError, MissError, NamespaceError, PoolLimitError, PrefixMissingError
 from .eviction import DEFAULT_POLICY, Eviction, GhostList, Policy, make_policy
 from .eviction.flops import FlopsModel
@@ -408,8 +408,7 @@ class PoolCore:
 
         def end() -> None:
             tree.unpin(selection)
-            del self._leases[number]
-            self._closed()
+            self._closed(self._leases.pop(number))
 
         lease = self._leases[number] = Lease(number, length, self.clock() + seconds, end)
         self._deadlines.add(lease)
@@ -589,8 +588,8 @@ class PoolCore:
                 f"{MAX_ACTIVE} puts, gets and leases are open, the limit: close some or try again later"
             )
 
-    def _closed(self) -> None:
-        self._deadlines.closed()
+    def _closed(self, timed: Timed) -> None:
+        self._deadlines.closed(timed)
 
     def _put_ended(self, put: Put, error: KVError | None) -> None:
         """``put`` was committed or failed: its request is answered by the index, or with the error, from now on."""
@@ -604,7 +603,7 @@ class PoolCore:
 
     def _put_closed(self, put: Put) -> None:
         """``put`` holds nothing any more."""
-        self._closed()
+        self._closed(put)
         self._requests.finish(put, put.error)
 
     def _free(self, tenant: str, slabs: Sequence[Slab | Slabs]) -> None:

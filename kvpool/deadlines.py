@@ -39,34 +39,44 @@ class Lease:
 
 
 class Deadlines:
-    """What is open, ordered by deadline. What was closed early is skipped, and cleaned out when it is most of the order."""
+    """What is open, ordered by deadline.
+
+    Of what was closed early only its place in the order is left, which is skipped, and cleaned out when most are such.
+    """
 
     def __init__(self) -> None:
-        self.active = 0
-        self._order: list[tuple[float, int, Timed]] = []
+        self._order: list[tuple[float, int]] = []
+        self._open: dict[int, Timed] = {}
+        self._numbers: dict[Timed, int] = {}
         self._ids = itertools.count()
 
     def __len__(self) -> int:
-        """Entries, closed ones included."""
+        """Places in the order, those of closed ones included."""
         return len(self._order)
 
-    def add(self, timed: Timed) -> None:
-        self.active += 1
-        if len(self._order) > 2 * self.active + 64:
-            self._order = [entry for entry in self._order if not entry[2].closed]
-            heapq.heapify(self._order)
-        heapq.heappush(self._order, (timed.deadline, next(self._ids), timed))
+    @property
+    def active(self) -> int:
+        """How many are open."""
+        return len(self._open)
 
-    def closed(self) -> None:
-        """One of them was closed."""
-        self.active -= 1
+    def add(self, timed: Timed) -> None:
+        number = self._numbers[timed] = next(self._ids)
+        self._open[number] = timed
+        if len(self._order) > 2 * len(self._open) + 64:
+            self._order = [place for place in self._order if place[1] in self._open]
+            heapq.heapify(self._order)
+        heapq.heappush(self._order, (timed.deadline, number))
+
+    def closed(self, timed: Timed) -> None:
+        """It was closed, and is let go of."""
+        del self._open[self._numbers.pop(timed)]
 
     def expire(self, now: float) -> int:
         """End all whose deadline has passed; returns how many."""
         ended = 0
         while self._order and self._order[0][0] <= now:
-            _, _, timed = heapq.heappop(self._order)
-            if not timed.closed:
+            timed = self._open.get(heapq.heappop(self._order)[1])
+            if timed is not None and not timed.closed:
                 timed.expire()
                 ended += 1
         return ended
@@ -74,6 +84,6 @@ class Deadlines:
     @property
     def next(self) -> float | None:
         """When :meth:`expire` has something to do next."""
-        while self._order and self._order[0][2].closed:
+        while self._order and self._order[0][1] not in self._open:
             heapq.heappop(self._order)
         return self._order[0][0] if self._order else None

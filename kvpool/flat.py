@@ -251,7 +251,7 @@ class FlatPut:
     def _end(self, state: PutState) -> None:
         self.state = state
         self._slabs = {}
-        self._core._closed()
+        self._core._closed(self)
 
 
 class FlatGet:
@@ -327,7 +327,7 @@ class FlatGet:
         for entry in self._pinned:
             self._shelf.unpin(entry)
         self._pinned = []
-        self._core._closed()
+        self._core._closed(self)
 
     def expire(self) -> None:
         if not self.closed and self.error is None:

@@ -115,7 +115,7 @@ class Get:
         self.sources = {}
         if self._put is not None:
             self._put.detach(self)
-        self._core._closed()
+        self._core._closed(self)
 
     def expire(self) -> None:
         """The deadline has passed (called by :meth:`kvpool.core.PoolCore.expire`)."""

@@ -58,7 +58,8 @@ class HeapOrder:
     def forget(self, count: int) -> None:
         self._stale += count
         if not self._old and self._stale > len(self._heap) // 2 + MIN_STALE:
-            self._old, self._heap = self._heap, []
+            # The same two lists for ever: the garbage collector would look at all that is in a new one, again and again.
+            self._old, self._heap = self._heap, self._old
             self._stale = 0
         self._move(MOVED * count)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
-from kvtransport.errors import DestinationError, KVBufferError, KVError, ManifestError, ProtocolError
+from kvtransport.errors import AddressError, DestinationError, KVBufferError, KVError, ManifestError, ProtocolError
 from kvtransport.io.base import Network
 from kvtransport.layout import CacheLayout
 from kvtransport.link import Link
@@ -342,15 +342,17 @@ async def connect(
     config: EndpointConfig | None = None,
     network: Network | None = None,
     entropy: Callable[[int], bytes] = os.urandom,
+    on_unreachable: Callable[[Link, AddressError], None] | None = None,
 ) -> PoolClient:
     """Connect to a kvpoold. Raises ConnectError, HandshakeError, InsecureBindError.
 
-    ``network`` and ``entropy`` are the endpoint's; see :class:`kvtransport.Endpoint`.
+    ``network``, ``entropy`` and ``on_unreachable`` are the endpoint's; see :class:`kvtransport.Endpoint`.
 
     >>> async with await connect("127.0.0.1", 7777) as pool:  # doctest: +SKIP
     ...     print(await pool.stat())
     """
     endpoint = Endpoint(config, network=network, entropy=entropy)
+    endpoint.on_unreachable = on_unreachable
     try:
         link = await endpoint.connect(host, port, connections=connections)
     except KVError:

@@ -158,6 +158,7 @@ async def run(config: DaemonConfig) -> bool:
         load=lambda: server.sending_bytes,
     )
     server.on_read = agent.read
+    agent.on_unreachable = lambda why: print(f"kvpoold: warning: {why}", file=sys.stderr, flush=True)
     publisher = _events(config, core)
     served: MetricsServer | None = None
     lent: LocalServer | None = None

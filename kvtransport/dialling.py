@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from .connection import AnyConnection
 from .errors import ConnectError, Fault, HandshakeError, KVError, ProtocolError
 from .flow.addresses import Addresses, Pair
@@ -33,6 +35,8 @@ class Handshake:
         self.connection = endpoint.new_connection(stream, self, STRANGER_LIMITS if stranger else endpoint.config.limits)
         self.joins: tuple[bytes, int, int] = (bytes(16), 0, 1)
         """Link, place, places: what the dialling side says."""
+        self.advertises = False
+        """Whether it says, too, where others reach it: once a link."""
         self.done: asyncio.Future[None] = loop.create_future()
         self.done.add_done_callback(lambda f: f.cancelled() or f.exception())
         self._timer = loop.call_later(endpoint.config.handshake_timeout_s, self._expired)
@@ -44,10 +48,13 @@ class Handshake:
     def present(self) -> None:
         """The dialling side's HELLO."""
         link, index, count = self.joins
-        proof = self._endpoint.admission.present(self.connection.stream, link, index)
-        self.say_hello(link, index, count, **proof)
+        said = self._endpoint.admission.present(self.connection.stream, link, index)
+        config = self._endpoint.config
+        if self.advertises and config.advertise:
+            said |= {"address": config.advertise, "address_incarnation": config.advertise_incarnation or msgspec.UNSET}
+        self.say_hello(link, index, count, **said)
 
-    def say_hello(self, link: bytes, index: int, count: int, **proof: Any) -> None:
+    def say_hello(self, link: bytes, index: int, count: int, **more: Any) -> None:
         config = self._endpoint.config
         frame = self.machine.hello_to_send(
             link=link,
@@ -56,7 +63,7 @@ class Handshake:
             name=config.name,
             features=tuple(codec.feature for codec in self._endpoint.codecs),
             keepalive_s=config.keepalive_s,
-            **proof,
+            **more,
         )
         self.connection.send_control(frame)
         self.connection.flush()
@@ -105,8 +112,11 @@ class Handshake:
 class Dialling:
     """The dialling side of one link: makes its connections, at first and later."""
 
-    def __init__(self, endpoint: Endpoint, addresses: Addresses, port: int, count: int | None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, addresses: Addresses, port: int, count: int | None, *, advertise: bool = True
+    ) -> None:
         self._endpoint = endpoint
+        self._advertise = advertise
         self._addresses = addresses
         self._port = port
         self._count = count
@@ -166,6 +176,7 @@ class Dialling:
         machine = ConnectionMachine(Role.DIAL, incarnation=self._endpoint.incarnation, peer_incarnation=self._peer)
         handshake = Handshake(self._endpoint, stream, machine, self._join)
         handshake.connection.index = index
+        handshake.advertises = self._advertise and link is None
         handshake.joins = self._id, index, max(self._count or 0, index + 1, 0 if link is None else link.wanted)
         return handshake
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 from collections import Counter, OrderedDict
@@ -10,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from .address import parse_address
 from .admission import Admission
 from .compression import choose_codecs
 from .connection import AnyConnection, Connection, Owner
@@ -18,6 +20,7 @@ from .engine.base import Lanes
 from .engine.native import Engine
 from .engine.python import PythonLanes
 from .errors import (
+    AddressError,
     ConfigError,
     ConnectError,
     Fault,
@@ -34,6 +37,7 @@ from .io.base import ByteStream, Listener, Network
 from .io.tcp import TcpOptions, address_of
 from .link import Link
 from .pacing import TenantPacer
+from .probing import AddressProbes
 from .receiver import Expectation, Receiver
 from .spill import SpillArea
 from .tls import TlsConfig
@@ -41,6 +45,7 @@ from .wire import bodies
 from .wire.frames import DEFAULT_LIMITS, FrameType, Header, Limits, encode_control
 from .wire.state import ConnectionMachine, Role
 
+log = logging.getLogger("kvtransport")
 Handler = Callable[[Link, dict[str, Any]], Awaitable[dict[str, Any]]]
 """Answers a verb: gets the calling link and the arguments, returns the result or raises a KVError."""
 
@@ -61,6 +66,8 @@ class EndpointConfig:
     ``io_threads`` move the bytes of TCP connections (None: half the cores; 0: the event loop does, in Python).
     ``coding``: lossless, of bfloat16 caches, chunk by chunk where it pays on the link now ("auto"), never ("off"), or whatever
     shrinks ("always", for tests); both sides must want it. ``codecs`` names them, first choice first; empty: those that are there.
+    ``advertise``: "HOST:PORT" where others reach this process, or the one of ``advertise_incarnation``; whoever is dialled tries it
+    and says when it cannot (:attr:`Endpoint.on_unreachable`, :meth:`.link.Link.reachable`). "": nobody dials this one.
     """
 
     name: str = ""
@@ -84,6 +91,8 @@ class EndpointConfig:
     io_threads: int | None = None
     coding: Literal["auto", "off", "always"] = "auto"
     codecs: tuple[str, ...] = ()
+    advertise: str = ""
+    advertise_incarnation: bytes | None = None
     spill: SpillPolicy = field(default_factory=SpillPolicy)
     limits: Limits = DEFAULT_LIMITS
     tcp: TcpOptions = field(default_factory=TcpOptions)
@@ -103,6 +112,8 @@ class Endpoint:
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.config = config or EndpointConfig()
+        if self.config.advertise:
+            parse_address(self.config.advertise)
         self._entropy = entropy
         self.incarnation = entropy(16)
         self.random = random.Random(entropy(8)).random
@@ -114,6 +125,10 @@ class Endpoint:
         """Handshakes of peers that dialled in and were not let in, by the code of the error."""
         self.on_refused: Callable[[str, KVError], None] | None = None
         """Told of each (peer, why); whoever logs them bounds the lines."""
+        self.on_unreachable: Callable[[Link, AddressError], None] | None = None
+        """Told when the peer of a link cannot reach the advertised address; without it there is one warning in the log."""
+        self._warned_unreachable = False
+        self._probes = AddressProbes(self)
         self.admission = Admission(self.config, self._refuse)
         self.codecs = () if self.config.coding == "off" else choose_codecs(self.config.codecs)
         self.pacer = TenantPacer(self.config.tenant_bytes_per_s)
@@ -183,9 +198,8 @@ class Endpoint:
         hosts = (host,) if isinstance(host, str) else tuple(host)
         if not hosts:
             raise ConfigError("a link needs at least one address of its peer")
-        if self._is_real:
-            for each in hosts:
-                self.admission.check_dial(each)
+        for each in hosts:
+            self.check_dial(each)
         if self.closed:
             raise closing()
         if connections is not None and not 1 <= connections <= self.config.max_connections_per_link:
@@ -195,6 +209,11 @@ class Endpoint:
             )
         dialling = Dialling(self, Addresses(hosts, local), port, connections)
         return await dialling.link()
+
+    def check_dial(self, host: str) -> None:
+        """Raises InsecureBindError beyond loopback without TLS."""
+        if self._is_real:
+            self.admission.check_dial(host)
 
     async def dial(self, pair: Pair, port: int, handshake: Callable[[ByteStream], Handshake]) -> None:
         """One connection: a stream over ``pair``, then what ``handshake`` makes of it. Raises KVError."""
@@ -281,6 +300,15 @@ class Endpoint:
         link.join(handshake.connection, handshake.machine)
         if self.on_link is not None:
             self.on_link(link)
+        self._probes.consider(link, hello)
+
+    def unreachable(self, link: Link, error: AddressError) -> None:
+        """The peer of ``link`` could not reach the address that is advertised."""
+        if self.on_unreachable is not None:
+            self.on_unreachable(link, error)
+        elif not self._warned_unreachable:
+            self._warned_unreachable = True
+            log.warning("%s", error.message)
 
     def _end_a_link_that_is_down(self) -> None:
         """Whoever is there comes before who may come back."""
@@ -423,6 +451,7 @@ class Endpoint:
         self.closed = True
         for listener in self._listeners:
             listener.close()
+        await self._probes.close()
         for handshake in list(self._handshakes):
             handshake.connection.fail(closing())
         links = self.links

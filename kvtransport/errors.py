@@ -5,7 +5,8 @@
     KVError
     ├── ConfigError              a setting is wrong                     local
     │   ├── InsecureBindError    listening beyond loopback, unprotected local
-    │   └── CertificateError     a certificate or key cannot be used    local
+    │   ├── CertificateError     a certificate or key cannot be used    local
+    │   └── AddressError         others cannot dial what is advertised  local
     ├── KVBufferError            memory
     │   ├── ArenaError           an arena could not be made             local
     │   └── DestinationError     granted memory does not fit            local
@@ -87,6 +88,10 @@ class InsecureBindError(ConfigError):
 
 class CertificateError(ConfigError):
     code = "certificate"
+
+
+class AddressError(ConfigError):
+    code = "address"
 
 
 class KVBufferError(KVError):

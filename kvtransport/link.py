@@ -32,6 +32,8 @@ from .flow.tuning import MOST, Tuning, window_for
 from .identity import Identity
 from .io.base import ByteStream
 from .manifest import Manifest
+from .probing import VERB as ADDRESS
+from .probing import Advertised
 from .receiver import Receiver
 from .reconnect import Reconnect
 from .sender import Sender
@@ -129,7 +131,9 @@ class Link:
         self._verbs = {
             WANT: lambda link, args: self.tuner.on_want(args),
             RETIRE: lambda link, args: self.tuner.on_retire(args),
+            ADDRESS: lambda link, args: self.advertised.on_verdict(args),
         }
+        self.advertised: Advertised = Advertised(endpoint, self)
         self._rejoined: asyncio.Future[None] | None = None
         """Somebody waits for a connection."""
 
@@ -224,6 +228,14 @@ class Link:
         if bytes_per_s is not None and bytes_per_s <= 0:
             raise ConfigError(f"a link is capped at more than 0 bytes a second, got {bytes_per_s:g}")
         self.tuner.cap(bytes_per_s)
+
+    async def reachable(self, timeout_s: float = 5.0) -> bool:
+        """Whether the peer reached this process at the address it advertises (:attr:`.endpoint.EndpointConfig.advertise`).
+
+        False: not known, because this side advertises none or did not dial, or the peer did not try or say so within
+        ``timeout_s``. Raises AddressError, which says why it is not reached and what to do.
+        """
+        return await self.advertised.reachable(timeout_s)
 
     async def close(self) -> None:
         """Close all connections; transfers and calls in progress fail. Idempotent."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -16,27 +18,32 @@ from kvpool.errors import DirectoryError
 from kvpool.keys import KeyChain, Namespace
 from kvpool.messages import Args
 from kvpool.security import tenant_of
+from kvtransport.address import parse_address
 from kvtransport.endpoint import Endpoint, EndpointConfig
-from kvtransport.errors import ConfigError, HandshakeError, KVError, ProtocolError
+from kvtransport.errors import AddressError, ConfigError, ProtocolError
 from kvtransport.io.base import Network
 from kvtransport.link import Link
+from kvtransport.probing import who_answers
 
 from .announcing import ENTRY_TTL_S, Announcer, Watchers
 from .claims import Claims
 from .directory import Directory
 from .keeping import Keeper
-from .links import NodeLinks, parse_address
+from .links import NodeLinks
 from .members import Member, Pulse, Roster, State
 from .moving import Mover
 from .placement import Rendezvous
 from .replicas import ReplicaPolicy
 from .tasks import end, keep_running
 
+log = logging.getLogger("kvpool")
 ANNOUNCE_S = 0.05
 """Between two rounds of announcements while something changes."""
 ROUND = 512
 """Segments of one round."""
 PROBE_S = 5.0
+MAX_UNREACHED = 256
+"""Nodes that are told of."""
 FAREWELL_S = 2.0
 """For taking its entries back when it leaves; those that stay are void without it, and forgotten in time."""
 
@@ -80,6 +87,9 @@ class NodeAgent:
         self._mover: Mover | None = None
         self._draining: asyncio.Task[None] | None = None
         self._config: EndpointConfig | None = None
+        self.on_unreachable: Callable[[str], None] = log.warning
+        """Told once for each other node that cannot reach this one's address, in words."""
+        self._unreached: set[str] = set()
         self.announced = 0
         self.announcing = False
         """Whether an announcement is on its way."""
@@ -197,23 +207,18 @@ class NodeAgent:
 
     async def probe(self, address: str, config: EndpointConfig | None = None) -> None:
         """Dial the advertised address and see whether this process answers."""
-        host, port = parse_address(address)
+        parse_address(address)
         async with Endpoint(config, network=self._network, entropy=self._entropy) as endpoint:
-            try:
-                async with asyncio.timeout(PROBE_S):
-                    link = await endpoint.connect(host, port, connections=1)
-            except HandshakeError:
-                # It speaks our protocol and wants a token, which a node without certificates has none of.
-                return
-            except (KVError, TimeoutError) as error:
-                raise ConfigError(
-                    f"the advertised address {address} does not reach this node ({type(error).__name__}: {error}): set advertise "
-                    "to an address that other machines can dial"
-                ) from error
-            if link.peer_incarnation != self._endpoint.incarnation:
-                raise ConfigError(
-                    f"another process answers at the advertised address {address}: set advertise to this node's own"
-                )
+            answer = await who_answers(endpoint, address, timeout_s=PROBE_S)
+        if answer.problem:
+            raise ConfigError(
+                f"the advertised address {address} does not reach this node ({answer.problem}): set advertise to an address that "
+                "other machines can dial"
+            )
+        if answer.verdict(self._endpoint.incarnation):
+            raise ConfigError(
+                f"another process answers at the advertised address {address}: set advertise to this node's own"
+            )
 
     # -- draining --------------------------------------------------------------------------------
 
@@ -285,14 +290,25 @@ class NodeAgent:
             await asyncio.sleep(self._ttl_s / 3)
 
     def _make_links(self) -> NodeLinks:
-        """Links to the other nodes."""
-        return NodeLinks(
+        """Links to the other nodes, which are told where they find this one, and say so when they do not."""
+        config = replace(
             self._config or EndpointConfig(),
+            advertise=self.addresses[0],
+            advertise_incarnation=self._endpoint.incarnation,
+        )
+        return NodeLinks(
+            config,
             random=random.Random(self._endpoint.incarnation).random,
             connections=2,
             network=self._network,
             entropy=self._entropy,
+            on_unreachable=self._on_unreachable,
         )
+
+    def _on_unreachable(self, link: Link, error: AddressError) -> None:
+        if link.peer not in self._unreached and len(self._unreached) < MAX_UNREACHED:
+            self._unreached.add(link.peer)
+            self.on_unreachable(error.message)
 
     async def stop(self) -> None:
         """Stop all that goes on in the background, and say nothing: as far as others can tell the node is dead."""

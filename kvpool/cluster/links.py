@@ -9,24 +9,21 @@ from collections.abc import Callable, Sequence
 from kvpool.client import PoolClient, connect
 from kvpool.errors import NoNodeError
 from kvpool.keys import Namespace
+from kvtransport.address import parse_address
 from kvtransport.endpoint import EndpointConfig
-from kvtransport.errors import ConfigError, IncarnationError, KVError
+from kvtransport.errors import AddressError, IncarnationError, KVError
 from kvtransport.io.base import Network
+from kvtransport.link import Link
 
 from .members import Member
 from .suspects import Suspects
 
 
-def parse_address(address: str) -> tuple[str, int]:
-    """Host and port of "HOST:PORT" or "[HOST]:PORT". Raises ConfigError."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
-        raise ConfigError(f"{address!r} is not an address: write HOST:PORT, such as 127.0.0.1:7777")
-    return host.strip("[]"), int(port)
-
-
 class NodeLinks:
-    """Links by member and incarnation. Belongs to one event loop. ``random()`` is for pauses after failures."""
+    """Links by member and incarnation. Belongs to one event loop. ``random()`` is for pauses after failures.
+
+    ``on_unreachable`` is told when a node cannot reach the address that ``config`` advertises.
+    """
 
     def __init__(
         self,
@@ -37,8 +34,10 @@ class NodeLinks:
         dial_s: float = 3.0,
         network: Network | None = None,
         entropy: Callable[[int], bytes] = os.urandom,
+        on_unreachable: Callable[[Link, AddressError], None] | None = None,
     ) -> None:
         self._network, self._entropy = network, entropy
+        self._on_unreachable = on_unreachable
         self._config = config
         self._connections = connections
         self._dial_s = dial_s
@@ -101,6 +100,7 @@ class NodeLinks:
                         config=self._config,
                         network=self._network,
                         entropy=self._entropy,
+                        on_unreachable=self._on_unreachable,
                     )
             except TimeoutError:
                 error = NoNodeError(f"{address} of node {member.id!r} did not answer within {self._dial_s:g} s")

@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias, TypeVar
 
 import msgspec
 
-from kvtransport.errors import Fault, IncarnationError, KVError, LimitError, ProtocolError, error_from_dict
+from kvtransport.address import parse_address
+from kvtransport.errors import ConfigError, Fault, IncarnationError, KVError, LimitError, ProtocolError, error_from_dict
 from kvtransport.wire.scan import more_containers_than
 
 MAX_DEPTH = 16
@@ -74,7 +75,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     ``peer_incarnation`` is what the sender believes the other side's incarnation to be, None when it has not
     met it. ``token`` proves that the dialer knows a secret, on this connection only (:mod:`kvtransport.identity`).
     ``window_bytes``: receive window the sender of the HELLO is ready to grant a transfer, 0 when it
-    does not say. ``keepalive_s``: it sends a PING after so many seconds of silence.
+    does not say. ``keepalive_s``: it sends a PING after so many seconds of silence. ``address``: where others can dial
+    the process of ``address_incarnation`` (unset: the sender); not written when unset, see :attr:`advertised`.
     """
 
     versions: Versions
@@ -89,11 +91,25 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     peer_incarnation: Bytes16 | None = None
     window_bytes: Offset = 0
     keepalive_s: float = 10.0
+    address: Name | msgspec.UnsetType = msgspec.UNSET
+    address_incarnation: Bytes16 | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         _seconds("keepalive_s", self.keepalive_s)
+        if isinstance(self.address, str):
+            try:
+                parse_address(self.address)
+            except ConfigError as error:
+                raise ValueError(f"address: {error.message}") from None
         if self.index >= self.count:
             raise ValueError(f"index must be below count ({self.count}), got {self.index}")
+
+    @property
+    def advertised(self) -> tuple[str, bytes] | None:
+        """Where others can dial, and the incarnation of the process that answers there; None when it does not say."""
+        if not isinstance(self.address, str):
+            return None
+        return self.address, self.address_incarnation or self.incarnation
 
     def __repr__(self) -> str:
         # What proves a secret does not belong into a log.

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The figures of docs/performance.md that come from kvbench: every run saved as JSON under benchmarks/results/.
 #
-#   benchmarks/record.sh STEP...     loopback crowd pipeline peers-cubic peers-bbr wan changes; "all" is all of them
+#   benchmarks/record.sh STEP...     loopback tls flood coded crowd pipeline peers-cubic peers-bbr wan changes; "all" is all of them
 #
 # A step is one command line per result; EXCLUSIVE="..." stands before each (a wrapper that waits until the machine is idle).
-# KVBENCH is the command (default: kvbench). What has been saved already is skipped: remove the file to measure again.
-# Times on two idle cores: loopback 16 x 15 s, crowd 30 s, pipeline 40 s, peers 2 x 2 minutes, wan 6 x 4 minutes, changes 3 minutes.
+# KVBENCH is the command (default: kvbench), PYTHON runs the scripts (default: python). What has been saved already is skipped: remove the file to measure again.
+# Times on two idle cores: loopback 16 x 15 s, tls 3 x 35 s, flood 50 s, coded 3 x 45 s, crowd 30 s, pipeline 40 s, peers 2 x 2 minutes, wan 6 x 4 minutes, changes 3 minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${RESULTS:-benchmarks/results}
@@ -28,6 +28,22 @@ loopback() { # ratios to the C loop
         done
     done
 }
+tls() { # ratios to a C loop over the same OpenSSL, and to the same transfer without TLS
+    local n
+    for n in 1 2 4; do record "tls-$n" loopback --tls --repeat 7 --connections "$n" --congestion cubic; done
+}
+script() { # FILE SCRIPT ARGUMENTS...
+    local file=$out/$1.json
+    shift
+    if [ -s "$file" ]; then return; fi
+    ${EXCLUSIVE:-} ${PYTHON:-python} "$@" --json "$file.part" && mv "$file.part" "$file"
+}
+flood() { script flood benchmarks/flood.py; }
+coded() {
+    local codec
+    for codec in lz4 zstd; do script "coded-links-$codec" benchmarks/coded_links.py --codec "$codec" --pairs 5; done
+    script coded-links-models benchmarks/coded_links.py --codec zstd --gbps 1 --pairs 5 --models
+}
 crowd() { record crowd crowd --congestion cubic; }
 pipeline() {
     record pipeline-loopback pipeline --congestion cubic
@@ -45,7 +61,7 @@ changes() { # the smallest grid that has every change in it
     record wan-changes wan --rtt 10,30 --loss 0,0.1 --connections 8 --congestion bbr --repeat 3 --finals 1 --no-cold
 }
 
-steps="loopback crowd pipeline peers-cubic peers-bbr wan changes"
+steps="loopback tls flood coded crowd pipeline peers-cubic peers-bbr wan changes"
 for step in "${@:-none}"; do
     case " $steps all " in
     *" $step "*) ;;

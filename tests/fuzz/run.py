@@ -27,8 +27,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CORPUS = HERE / "corpus"
-PYTHON_TARGETS = ("frames", "handshake", "control", "manifests")
-C_TARGETS = ("pages", "framing")
+PYTHON_TARGETS = ("frames", "handshake", "control", "manifests", "coded")
+C_TARGETS = ("pages", "framing", "planes")
 MOST_INPUT = 8192
 MOST_FILES, MOST_BYTES = 200, 100_000
 """What of a target's corpus is kept in the repository, the smallest inputs first."""

@@ -18,8 +18,11 @@ import atheris
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-with atheris.instrument_imports(include=["kvtransport.wire", "kvtransport.manifest", "kvtransport.layout"]):
-    from kvtransport.errors import Fault, KVError
+with atheris.instrument_imports(include=["kvtransport.wire", "kvtransport.manifest", "kvtransport.layout", "kvtransport.compression"]):
+    from kvtransport import _pure
+    from kvtransport.buffers import PageList
+    from kvtransport.compression import BF16_PLANES, HEADER, Codec, decode, encode, raw_bytes
+    from kvtransport.errors import Fault, IntegrityError, KVError
     from kvtransport.layout import CacheGroup, CacheLayout, GroupKind, TensorSpec
     from kvtransport.manifest import Manifest
     from kvtransport.wire import bodies
@@ -122,6 +125,72 @@ def manifests(data: bytes) -> None:
     assert set(manifest.layers) <= {0, 1}
 
 
+def coded(data: bytes) -> None:
+    """The payload of a coded chunk: decoded to what it says, or a KVError. The first byte says how much of it is repaired.
+
+    0: nothing; 1: lengths and checksum, so that any plane gets to the codecs and through; 2, 3: the input is what was coded, by lz4 or
+    zstandard, and then damaged where its next three bytes say.
+    """
+    if len(data) < 5:
+        return
+    how, payload, true = data[0] & 3, data[1:], None
+    if how == 1:
+        payload = _repaired(payload)
+    elif how > 1:
+        true = payload[4 : 4 + (len(payload) - 4 & ~1)]
+        made = encode(_scattered(true, 1 + payload[0] % 16), Codec(how - 1)) if len(true) > 1 else None
+        if made is None:
+            return  # it would not have become less
+        at, flip = int.from_bytes(payload[1:3], "little") % len(made), payload[3]
+        assert decode(made) == true
+        payload = made[:at] + bytes([made[at] ^ flip]) + made[at + 1 :]
+    try:
+        nbytes = raw_bytes(payload)
+        raw = decode(payload)
+    except KVError:
+        return
+    assert len(raw) == nbytes
+    assert len(payload) >= HEADER.size + nbytes // 2
+    assert true is None or raw == true
+    # The twin takes it apart and puts it together alike.
+    planes, again = (bytearray(nbytes // 2), bytearray(nbytes // 2)), bytearray(nbytes)
+    _pure.split_planes(raw, None, *planes)
+    assert planes[1] == payload[-(nbytes // 2) :]
+    _pure.join_planes(again, None, *planes)
+    assert again == raw
+
+
+def _scattered(data: bytes, page: int) -> PageList:
+    """The same bytes in pages that lie from last to first."""
+    count = -(-len(data) // page)
+    base = bytearray(count * page)
+    for i in range(count):
+        part = data[i * page : (i + 1) * page]
+        base[(count - 1 - i) * page : (count - 1 - i) * page + len(part)] = part
+    return PageList.pages(base, [(count - 1 - i) * page for i in range(count)], page, len(data))
+
+
+def _repaired(payload: bytes) -> bytes:
+    """Lengths that add up, and the checksum of what comes out if something does."""
+    if len(payload) < HEADER.size + 2:
+        return payload
+    number, _, _, half, _, _ = HEADER.unpack_from(payload)
+    body = payload[HEADER.size :]
+    half = 1 + half % (len(body) - 1)
+    number = (Codec.LZ4, Codec.ZSTD)[number & 1]
+
+    def with_sum(checksum: int) -> bytes:
+        return HEADER.pack(number, BF16_PLANES, 0, 2 * half, len(body) - half, checksum) + body
+
+    try:
+        raw = decode(with_sum(0))
+    except IntegrityError as error:
+        return with_sum(int(error.message.split("checksum 0x")[1].split(",")[0], 16))
+    except KVError:
+        return with_sum(0)
+    return with_sum(PageList.of(raw).hash())
+
+
 def seeds(target: str) -> list[bytes]:
     """Inputs to begin with, made of what the code itself writes."""
     golden: list[bytes] = list(WIRE.GOLDEN)
@@ -134,6 +203,14 @@ def seeds(target: str) -> list[bytes]:
     if target == "handshake":
         hellos = [g[64:] for g in golden if unpack_header(g[:64]).type is FrameType.HELLO]
         return [bytes([how]) + hello for hello in hellos for how in range(4)]
+    if target == "coded":
+        # Small exponents, as caches have: 0x3F80 is 1.0.
+        values = [bytes(x for i in range(n) for x in (i * 37 & 255, 0x3F - (i % 3 == 0))) for n in (32, 300, 2000)]
+        made = [encode(PageList.of(bytearray(v)), codec) for v in values for codec in (Codec.LZ4, Codec.ZSTD)]
+        return [
+            *(bytes([how]) + payload for payload in made if payload is not None for how in (0, 1)),
+            *(bytes([how, page, 30, 0, flip]) + v for v in values for how in (2, 3) for page, flip in ((2, 0), (6, 4))),
+        ]
     sizes = [Manifest.of_objects([0, 1, 4096], transfer=b"t" * 16).encode()]
     return [*sizes, *(Manifest.of_layout(LAYOUT, n, transfer=b"t" * 16).encode() for n in (1, 64, 1000))]
 
@@ -143,6 +220,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "handshake": handshake,
     "control": control,
     "manifests": manifests,
+    "coded": coded,
 }
 
 

@@ -326,6 +326,11 @@ class PageList:
         return pieces
 
     @property
+    def where(self) -> npt.NDArray[np.int64] | tuple[int, int]:
+        """:attr:`pieces`, or (offset, length) where there is one: what the I/O engine takes without an array being made."""
+        return (self._offset, self._nbytes) if self._offset >= 0 else self.pieces
+
+    @property
     def nbytes(self) -> int:
         """Sum of the lengths."""
         return self._nbytes

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .compression import Codec, encode
 from .engine.base import Outgoing, Slot
-from .flow.coding import BusyRate, CodingChoice
+from .flow.coding import BusyRate, CodingChoice, out_of_reach
 
 if TYPE_CHECKING:
     from .buffers import PageList
@@ -93,7 +93,10 @@ class LinkCoding:
         """The codec for the next chunk of ``slot``; None: as it is."""
         if self.always:
             return self._codecs[0]
-        chosen = self._choice(slot).choose(self.rate())
+        rate = self.rate()
+        if rate is None or (slot not in self._choices and out_of_reach(self._codecs, self._speeds, rate)):
+            return None  # for thousands of small extents, without a memory of each
+        chosen = self._choice(slot).choose(rate)
         return None if chosen is None else Codec(chosen)
 
     def observe(self, slot: Slot, codec: Codec, raw: int, coded: int, seconds: float) -> None:
@@ -186,7 +189,9 @@ class CodingStage:
     def _give(self, unit: StagedUnit, start: int, stop: int) -> None:
         self._given += stop - start
         unit.raw.append((start, stop))
-        pages = unit.pages.slice(start - unit.start, stop - unit.start)
+        pages = unit.pages
+        if stop - start != pages.nbytes:
+            pages = pages.slice(start - unit.start, stop - unit.start)
         self._added(self._out.add(unit.layer, unit.tensor, start, pages), unit)
 
     def _pump(self) -> None:

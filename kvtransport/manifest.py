@@ -112,8 +112,8 @@ class Manifest:
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 (32 bytes) of :meth:`encode`; the seal repeats it."""
-        return hashlib.sha256(self.encode()).digest()
+        """SHA-256 (32 bytes) of :meth:`encode`, or of what it was decoded from; the seal repeats it."""
+        return hashlib.sha256(self._encoded).digest()
 
     def extent(self, layer: int, tensor: int) -> Extent:
         try:
@@ -171,7 +171,11 @@ class Manifest:
     # -- travelling ----------------------------------------------------------------------------
 
     def encode(self) -> bytes:
-        """The msgpack form; raises LimitError when it is over MAX_MANIFEST_BYTES."""
+        """The msgpack form, made once; raises LimitError when it is over MAX_MANIFEST_BYTES."""
+        return self._encoded
+
+    @cached_property
+    def _encoded(self) -> bytes:
         # Spans are shared by all layers of a group: they are written once and referred to by number.
         tables: dict[tuple[Span, ...], int] = {}
         rows = [[e.layer, e.tensor, e.unit, tables.setdefault(e.spans, len(tables))] for e in self.extents]
@@ -216,15 +220,7 @@ class Manifest:
             for spans in tables:
                 if any(b.first < a.stop or (b.first == a.first) for a, b in itertools.pairwise(spans)):
                     raise ManifestError(f"spans {spans} are not ascending and disjoint")
-            extents = tuple(
-                Extent(
-                    _int(layer, MAX_LAYERS - 1),
-                    _int(tensor, MAX_TENSORS_PER_LAYER - 1),
-                    _int(unit, 1 << 40),
-                    tables[_int(table, MAX_SPANS)],
-                )
-                for layer, tensor, unit, table in rows
-            )
+            extents = tuple(_extent(tables, *row) for row in rows)
             meta = body["meta"]
             if not isinstance(meta, dict):
                 raise ManifestError("meta must be a map")
@@ -247,6 +243,7 @@ class Manifest:
             raise ManifestError("a (layer, tensor) appears twice")
         if manifest.total_bytes > MAX_TRANSFER_BYTES:
             raise LimitError(f"a transfer of {manifest.total_bytes} bytes is over the limit of {MAX_TRANSFER_BYTES}")
+        manifest.__dict__["_encoded"] = bytes(data)
         return manifest
 
 
@@ -254,6 +251,23 @@ def _show(spans: tuple[Span, ...]) -> str:
     return (
         ", ".join(f"tokens {s.first}..{s.stop}" if s.tokens else f"the state at {s.first}" for s in spans) or "nothing"
     )
+
+
+def _extent(tables: list[tuple[Span, ...]], layer: object, tensor: object, unit: object, table: object) -> Extent:
+    if (
+        type(layer) is int
+        and 0 <= layer < MAX_LAYERS
+        and type(tensor) is int
+        and 0 <= tensor < MAX_TENSORS_PER_LAYER
+        and type(unit) is int
+        and 0 <= unit <= 1 << 40
+        and type(table) is int
+        and 0 <= table <= MAX_SPANS
+    ):
+        return Extent(layer, tensor, unit, tables[table])
+    for value, most in ((layer, MAX_LAYERS - 1), (tensor, MAX_TENSORS_PER_LAYER - 1), (unit, 1 << 40), (table, MAX_SPANS)):
+        _int(value, most)  # the first that is wrong is named
+    raise AssertionError("one of them is wrong")
 
 
 def _int(value: object, maximum: int) -> int:

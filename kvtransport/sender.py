@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .buffers import PageList, copy_pages
 from .coding import CodingStage, LinkCoding
 from .connection import AnyConnection
+from .engine.base import Slot
 from .errors import (
     DeadlineError,
     DestinationError,
@@ -43,6 +44,7 @@ class Unit:
     """A ready unit: bytes ``[start, stop)`` of an extent's byte space, and where they lie."""
 
     __slots__ = (
+        "_free",
         "_released",
         "coding",
         "event",
@@ -75,23 +77,25 @@ class Unit:
         self.left = 0
         self.raw: list[tuple[int, int]] = []
         self.staged = False
+        self._free = False
         self._released: asyncio.Future[None] | None = None
 
     # -- kvtransport.transfer.Handover ---------------------------------------------------------
 
     @property
     def done(self) -> bool:
-        return self._released is not None and self._released.done()
+        return self._free
 
     async def released(self) -> None:
+        if self._free:
+            return
         if self._released is None:
             self._released = asyncio.get_running_loop().create_future()
         await asyncio.shield(self._released)
 
-    def release(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._released is None:
-            self._released = loop.create_future()
-        if not self._released.done():
+    def release(self) -> None:
+        self._free = True
+        if self._released is not None and not self._released.done():
             self._released.set_result(None)
 
 
@@ -125,7 +129,8 @@ class Sender:
         self._out = link.lanes.outgoing(
             self, manifest.transfer, list(manifest.by_slot), priority=priority, checksum=checksum
         )
-        self._handed = {slot: RangeSet() for slot in manifest.by_slot}
+        self._handed: dict[Slot, RangeSet | None] = {}
+        """What was handed over of each extent; None: all of it at once."""
         self._left_by_layer = {layer: sum(e.nbytes for e in es) for layer, es in manifest.by_layer.items()}
         self._unacked_by_layer = dict(self._left_by_layer)
         self._pending: deque[Unit] = deque()
@@ -192,33 +197,39 @@ class Sender:
         event: Callable[[], bool] | None = None,
     ) -> Unit:
         extent = self._manifest.extent(layer, tensor)
-        start, stop = (0, extent.nbytes) if first is None else extent.byte_range(first, tokens)
+        nbytes = extent.nbytes
+        start, stop = (0, nbytes) if first is None else extent.byte_range(first, tokens)
         if pages.nbytes != stop - start:
             raise DestinationError(
                 f"layer {layer} tensor {tensor}: the ready unit has {stop - start} bytes, the pages hold {pages.nbytes}"
             )
-        return self.hand_over(layer, tensor, start, pages, event)
+        return self._hand_over(layer, tensor, start, pages, event, nbytes)
 
     def hand_over(
         self, layer: int, tensor: int, start: int, pages: PageList, event: Callable[[], bool] | None = None
     ) -> Unit:
         """:meth:`ready` for bytes from ``start`` of the extent's byte space: what relays what it received itself."""
+        return self._hand_over(layer, tensor, start, pages, event, self._manifest.extent(layer, tensor).nbytes)
+
+    def _hand_over(
+        self, layer: int, tensor: int, start: int, pages: PageList, event: Callable[[], bool] | None, nbytes: int
+    ) -> Unit:
+        """``nbytes``: of the whole extent."""
         if self._error is not None:
             raise self._error
         if self._finished.done():
             raise TransferError("this transfer is sealed; nothing more can be handed over")
-        extent = self._manifest.extent(layer, tensor)
         stop = start + pages.nbytes
-        if start < 0 or stop > extent.nbytes:
+        if start < 0 or stop > nbytes:
             raise DestinationError(
-                f"layer {layer} tensor {tensor} has {extent.nbytes} bytes, handed over were {start}..{stop}"
+                f"layer {layer} tensor {tensor} has {nbytes} bytes, handed over were {start}..{stop}"
             )
         now = self._loop.time()
         unit = Unit(layer, tensor, start, pages, now, event)
         if start == stop:
-            unit.release(self._loop)
+            unit.release()
             return unit
-        if self._handed[layer, tensor].add(start, stop) != stop - start:
+        if not self._is_new((layer, tensor), start, stop, nbytes):
             raise TransferError(f"layer {layer} tensor {tensor}: bytes {start}..{stop} were handed over before")
         self._left_by_layer[layer] -= stop - start
         if self._left_by_layer[layer] == 0:
@@ -235,6 +246,16 @@ class Sender:
         if self._poller is None:
             self._schedule_poll()
         return unit
+
+    def _is_new(self, slot: Slot, start: int, stop: int, nbytes: int) -> bool:
+        """Notes bytes of an extent as handed over; False: some of them were before."""
+        if slot not in self._handed:
+            if stop - start == nbytes:
+                self._handed[slot] = None
+                return True
+            self._handed[slot] = RangeSet()
+        handed = self._handed[slot]
+        return handed is not None and handed.add(start, stop) == stop - start
 
     async def seal(self) -> None:
         if self._error is not None:
@@ -358,7 +379,7 @@ class Sender:
             self._out.resend(layer, tensor, start, stop)
 
     def _check_slot(self, layer: int, tensor: int, what: str) -> None:
-        if (layer, tensor) not in self._handed:
+        if (layer, tensor) not in self._manifest.by_slot:
             raise ManifestError(f"{what} layer {layer} tensor {tensor}, which is not in the manifest")
 
     def on_acked(self, acked: Sequence[tuple[int, int, int]], keys: Sequence[int]) -> None:
@@ -464,7 +485,7 @@ class Sender:
         if unit.coding is not None:  # it reads the old place; the next one will not
             await asyncio.wait({unit.coding})
         unit.spilling = None
-        unit.release(self._loop)
+        unit.release()
 
     # -- ending --------------------------------------------------------------------------------
 
@@ -479,10 +500,10 @@ class Sender:
                 unit.coding.add_done_callback(lambda _: self._area.give_back(spilled))
         reading = unit.spilling or unit.coding
         if reading is None:
-            unit.release(self._loop)
+            unit.release()
         else:
             # The source is still read: it is the caller's again when that is done (spilling waits for coding).
-            reading.add_done_callback(lambda _: unit.release(self._loop))
+            reading.add_done_callback(lambda _: unit.release())
 
     def _sealed(self) -> None:
         self._stats.sealed_s = self._loop.time()

@@ -56,9 +56,20 @@ static void poke(int fd) {
 /* ---- events ---- */
 
 void kv_signal(kv_engine *engine) {
+    engine->untold_ns = 0;
     if (engine->signalled) return;
     engine->signalled = true;
     poke(engine->event_fd);
+}
+
+void kv_signal_soon(kv_engine *engine) {
+    if (!engine->signalled && !engine->untold_ns) engine->untold_ns = kv_now_ns();
+}
+
+/* A thread that goes to sleep has nothing better to do than to wake Python; one that stays busy does so before long. */
+static void tell_in_time(kv_thread *thread) {
+    kv_engine *engine = thread->engine;
+    if (engine->untold_ns && (!thread->kicked || kv_now_ns() - engine->untold_ns >= KV_TELL_NS)) kv_signal(engine);
 }
 
 kv_event *kv_event_new(int kind, const kv_conn *conn, const unsigned char *head, size_t nbytes) {
@@ -162,6 +173,7 @@ static void *run(void *argument) {
     struct epoll_event events[EVENTS];
     kv_lock(engine);
     while (!engine->stopping) {
+        tell_in_time(thread);
         int patience = thread->kicked ? 0 : -1;
         thread->asleep = !thread->kicked;
         kv_unlock(engine);

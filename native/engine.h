@@ -39,6 +39,7 @@
 #define KV_RECV_BYTES ((size_t)256 << 10)    /* a receive: measured 18% faster than 1 MiB, the copy stays in the cache */
 #define KV_MAX_UP_BYTES ((size_t)8 << 20)    /* frames Python has not taken yet: more pauses reading */
 #define KV_MAX_PENDING ((size_t)1 << 16)     /* applied ranges Python has not taken yet: more pauses reading */
+#define KV_TELL_NS 2000000u                  /* what can wait is told after so long, or when its thread has nothing to do */
 #define KV_MAX_RANGES ((size_t)4096)         /* separate ranges per extent, as in wire/ranges.py */
 #define KV_NEAR_US 2000u                     /* round trips below this: a local path, which a few MiB fill */
 #define KV_QUEUE_BYTES ((uint64_t)4 << 20)   /* not acknowledged on all connections of a link over a local path */
@@ -107,7 +108,8 @@ typedef struct kv_map {
     struct kv_map *next;       /* in a list of maps to free */
 } kv_map;
 
-kv_map *kv_map_get(PyObject *base, PyObject *pieces, bool writable); /* NULL with an exception */
+/* `pieces`: as kv_pages_get has it, or one as a tuple (offset, length). NULL with an exception. */
+kv_map *kv_map_get(PyObject *base, PyObject *pieces, bool writable);
 void kv_map_free(kv_map *map);                                       /* with the GIL, without the mutex; also lists */
 /* iovecs of bytes [start, stop) of the map: at most `room` of them, and the bytes they hold. */
 size_t kv_map_iovs(const kv_map *map, size_t start, size_t stop, struct iovec *items, size_t room, size_t *nbytes);
@@ -267,6 +269,7 @@ typedef struct kv_engine {
     uint64_t operations;
     int event_fd;
     bool signalled, stopping;
+    uint64_t untold_ns; /* since when there is something that Python need not hear of at once; 0: there is nothing */
     pid_t pid;
     kv_event *first_event, **last_event;
     kv_incoming *ready_in;
@@ -372,7 +375,8 @@ void kv_engine_free(kv_engine *engine);
 /* Under the mutex. */
 void kv_push_event(kv_engine *engine, kv_event *event);
 kv_event *kv_event_new(int kind, const kv_conn *conn, const unsigned char *head, size_t nbytes); /* NULL: no memory */
-void kv_signal(kv_engine *engine);
+void kv_signal(kv_engine *engine);      /* Python is to look now, */
+void kv_signal_soon(kv_engine *engine); /* or before long: called by I/O threads, each wake-up costs them their processor */
 void kv_kick(kv_conn *conn);                                    /* its thread looks at it soon */
 void kv_kick_group(kv_group *group, size_t chunks);             /* so many connections may have something to send */
 void kv_conn_lost(kv_conn *conn, int how, int error);           /* says so once; its I/O has ended */

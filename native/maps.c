@@ -5,21 +5,45 @@
 #include <stdlib.h>
 #include <string.h>
 
+static kv_map *new_map(size_t count) {
+    kv_map *map = malloc(sizeof *map + 2 * count * sizeof(size_t));
+    if (!map) return (kv_map *)PyErr_NoMemory();
+    memset(map, 0, sizeof *map);
+    map->count = count;
+    map->offsets = (size_t *)(map + 1);
+    map->ends = map->offsets + count;
+    return map;
+}
+
+/* Of the piece (offset, length): most lists have one, and an array for each costs more than all else that is done with it. */
+static kv_map *one_piece(PyObject *base, PyObject *piece, bool writable) {
+    Py_ssize_t offset, length;
+    if (!PyArg_ParseTuple(piece, "nn", &offset, &length)) return NULL;
+    kv_map *map = new_map(length ? 1 : 0);
+    if (!map) return NULL;
+    if (PyObject_GetBuffer(base, &map->base, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) {
+        kv_map_free(map);
+        return NULL;
+    }
+    if (offset < 0 || length < 0 || offset > map->base.len || length > map->base.len - offset) {
+        PyErr_Format(PyExc_ValueError, "offset %zd, length %zd does not fit a base of %zd bytes", offset, length, map->base.len);
+        kv_map_free(map);
+        return NULL;
+    }
+    map->nbytes = (size_t)length;
+    if (length) map->offsets[0] = (size_t)offset, map->ends[0] = map->nbytes;
+    return map;
+}
+
 kv_map *kv_map_get(PyObject *base, PyObject *pieces, bool writable) {
+    if (PyTuple_Check(pieces)) return one_piece(base, pieces, writable);
     kv_pages pages;
     if (kv_pages_get(&pages, base, pieces, writable) < 0) return NULL;
     kv_iovs iovs; /* joins neighbours */
     kv_iovs_init(&iovs);
     kv_map *map = NULL;
-    if (kv_iovs_add_pages(&iovs, &pages, 0, SIZE_MAX) == 0) {
-        map = malloc(sizeof *map + 2 * iovs.count * sizeof(size_t));
-        if (!map) PyErr_NoMemory();
-    }
+    if (kv_iovs_add_pages(&iovs, &pages, 0, SIZE_MAX) == 0) map = new_map(iovs.count);
     if (map) {
-        memset(map, 0, sizeof *map);
-        map->count = iovs.count;
-        map->offsets = (size_t *)(map + 1);
-        map->ends = map->offsets + iovs.count;
         for (size_t i = 0; i < iovs.count; i++) {
             map->offsets[i] = (size_t)((unsigned char *)iovs.items[i].iov_base - (unsigned char *)pages.base.buf);
             map->nbytes += iovs.items[i].iov_len;

@@ -194,6 +194,7 @@ static PyObject *outgoing_ack(PyObject *self, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
     kv_lock(out->group->engine);
     result = out->closed ? 0 : kv_outgoing_ack(out, slot, start, stop);
+    if (out->ready) kv_signal(out->group->engine);
     kv_unlock(out->group->engine);
     Py_END_ALLOW_THREADS
     if (result < 0) return PyErr_NoMemory();

@@ -325,7 +325,8 @@ static void data_done(kv_conn *conn, uint64_t digest) {
         give_credit(conn, in, header->length);
         have_pending(in);
         bool whole = slot->applied.count == 1 && slot->applied.items[0][0] == 0 && slot->applied.items[0][1] == slot->nbytes;
-        if (whole || in->eager) kv_signal(conn->engine);
+        if (in->eager || in->applied_bytes == in->total) kv_signal(conn->engine);
+        else if (whole) kv_signal_soon(conn->engine);
         if (in->pending_count > KV_MAX_PENDING) {
             conn->paused = true;
             kv_signal(conn->engine);

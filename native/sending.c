@@ -358,7 +358,7 @@ static void tell(kv_outgoing *out) {
         out->next_ready = out->group->engine->ready_out;
         out->group->engine->ready_out = out;
     }
-    kv_signal(out->group->engine);
+    kv_signal_soon(out->group->engine);
 }
 
 static int note_done(kv_outgoing *out, uint64_t key) {

@@ -417,13 +417,13 @@ class NativeOutgoing:
         """The engine takes CREDIT frames by itself; one that was taken before the transfer is known is taken again."""
 
     def add(self, layer: int, tensor: int, start: int, pages: PageList) -> int:
-        return self._native.add(layer, tensor, start, pages.base, pages.pieces)
+        return self._native.add(layer, tensor, start, pages.base, pages.where)
 
     def add_coded(self, layer: int, tensor: int, start: int, nbytes: int, payload: bytes) -> int:
         return self._native.add_coded(layer, tensor, start, nbytes, payload)
 
     def swap(self, layer: int, tensor: int, start: int, pages: PageList) -> bool:
-        return self._native.swap(layer, tensor, start, pages.base, pages.pieces)
+        return self._native.swap(layer, tensor, start, pages.base, pages.where)
 
     def requeue(self, connection: AnyConnection) -> int:
         assert isinstance(connection, EngineConnection)
@@ -458,7 +458,7 @@ class NativeIncoming:
         self._engine = engine
         self._owner: IncomingOwner = owner
         self._tag = engine.listen(self)
-        slots = [(layer, tensor, n, p.base, p.pieces) for (layer, tensor), (p, n) in granted.items()]
+        slots = [(layer, tensor, n, p.base, p.where) for (layer, tensor), (p, n) in granted.items()]
         total = sum(nbytes for _, nbytes in granted.values())
         self._native = group.incoming(transfer, slots, self._tag, total, window, min(total, window), unchecked, eager)
         self.applied = self._native.applied

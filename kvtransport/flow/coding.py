@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 MARGIN = 1.1
@@ -50,6 +51,12 @@ class BusyRate:
 class _Seen:
     bytes_per_s: float
     ratio: float
+
+
+def out_of_reach(codecs: tuple[int, ...], speeds: Mapping[int, float], link_bytes_per_s: float) -> bool:
+    """Whether every codec is known to be too slow for the link, so that none would be tried on data not seen before."""
+    least = link_bytes_per_s * MARGIN
+    return all(speeds.get(codec, least) < least for codec in codecs)
 
 
 class CodingChoice:

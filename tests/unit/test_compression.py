@@ -14,7 +14,7 @@ from kvtransport import _native, _pure
 from kvtransport.buffers import PageList
 from kvtransport.compression import HEADER, MAX_RAW, Codec, available, choose_codecs, decode, encode, raw_bytes
 from kvtransport.errors import ConfigError, IntegrityError, ProtocolError
-from kvtransport.flow.coding import MARGIN, BusyRate, CodingChoice
+from kvtransport.flow.coding import MARGIN, BusyRate, CodingChoice, out_of_reach
 
 CODECS = [Codec.LZ4, Codec.ZSTD]
 
@@ -183,6 +183,14 @@ def test_a_codec_that_is_too_slow_for_the_link_is_not_tried_again_for_other_data
     first.observe(1, 1 << 20, 800_000, (1 << 20) / 1e9)
     assert set(chosen(second, 40 * GBPS)) == {None}
     assert second.choose(1 * GBPS) == 1
+
+
+@pytest.mark.parametrize("known", [(), (1,), (1, 2)])
+@pytest.mark.parametrize("gbps", [1, 10, 40])
+def test_what_is_out_of_reach_would_not_have_been_tried(known, gbps):
+    speeds = {codec: 1e9 * codec for codec in known}
+    fresh = CodingChoice((1, 2), dict(speeds))
+    assert out_of_reach((1, 2), speeds, gbps * GBPS) == (fresh.choose(gbps * GBPS) is None)
 
 
 def test_the_rate_of_a_path_is_what_it_delivers_while_it_is_busy():

@@ -283,6 +283,7 @@ def test_a_manifest_of_a_layout_passes_its_check_after_the_wire(case: tuple[int,
     back = Manifest.decode(manifest.encode())
     assert back == manifest
     assert back.digest == manifest.digest
+    assert replace(back).encode() == back.encode() == manifest.encode()
     assert back.total_bytes == sum(e.nbytes for e in manifest.extents)
     assert back.layers == LAYOUT.layers
     back.check(LAYOUT, block_tokens=blocks)

@@ -135,6 +135,57 @@ def ack(*ranges, transfer=T):
     return encode_control(FrameType.ACK, bodies.Ack(ranges=bodies.byte_ranges(list(ranges))), transfer=transfer)
 
 
+# ---- what a page list may be, and when Python hears ----------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [(-1, 4), (0, 17), (16, 1), (17, 0), (1 << 62, 1 << 62), (0, -1)])
+def test_one_piece_has_to_fit_its_base(group, piece):
+    out = outgoing(group)
+    with pytest.raises(ValueError, match=r"does not fit a base of 16 bytes"):
+        out.add(0, 0, 0, bytes(16), piece)
+    with pytest.raises(ValueError, match=r"does not fit a base of 16 bytes"):
+        incoming(group, bytearray(16), pieces=piece)
+    with pytest.raises((TypeError, OverflowError)):
+        out.add(0, 0, 0, bytes(16), (0, 1, 2))
+    with pytest.raises((TypeError, OverflowError)):
+        out.add(0, 0, 0, bytes(16), (0, 1 << 64))
+    with pytest.raises(BufferError):
+        incoming(group, bytes(16), pieces=(0, 16))
+
+
+def test_one_piece_is_where_it_says(engine, group):
+    """Sent from the middle of a buffer, received into the middle of another, nothing beside it touched."""
+    source, place = random.Random(2).randbytes(300), bytearray(300)
+    end = End(engine, group)
+    out = outgoing(group)
+    out.add(0, 0, 0, source, (100, 70))
+    [frame] = end.frames(1)
+    assert frame.payload == source[100:170]
+    into = incoming(group, place, nbytes=70, pieces=(30, 70))
+    end.say(data(frame.payload))
+    events(engine, lambda e: APPLIED in [x[0] for x in e])
+    assert place == bytes(30) + source[100:170] + bytes(200)
+    into.close()
+    out.close()
+
+
+@pytest.mark.parametrize("sent", [1, 37, 399, 400])
+def test_whole_extents_are_told_though_nothing_follows(engine, group, sent):
+    """Python is not woken for each of a burst; the last of it is told when there is nothing more to do, all over or not."""
+    count = 400
+    memory = bytearray(count * 64)
+    slots = [(i // 64, i % 64, 64, memory, (64 * i, 64)) for i in range(count)]
+    into = group.incoming(T, slots, 7, len(memory), 64 * MIB, len(memory), False, False)
+    payload = bytes(range(64))
+    end = End(engine, group)
+    end.say(b"".join(data(payload, layer=i // 64, tensor=i % 64) for i in range(sent)))
+    told = events(engine, lambda got: sum(len(event[2]) for event in got) == sent)
+    assert {event[0] for event in told} == {APPLIED}
+    assert {(a, b) for event in told for a, b, *_ in event[2]} == {(i // 64, i % 64) for i in range(sent)}
+    assert memory == payload * sent + bytes(64 * (count - sent))
+    into.close()
+
+
 # ---- framing, against the reference -------------------------------------------------------------------
 
 

@@ -365,7 +365,7 @@ class Link:
 
     def _judge(self) -> None:
         now = self._loop.time()
-        self.telemetry()  # so that what is asked for later covers the time since
+        self._meter.sample(self, now)  # so that what is asked for later covers the time since
         received = self.received_bytes()
         self._arriving = max((received - self._arrived) / self._keepalive.poll_s, self._arriving / 2)
         self._arrived = received

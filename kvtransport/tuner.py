@@ -16,7 +16,7 @@ from .connection import AnyConnection
 from .errors import Fault, KVError, LimitError, PeerLostError
 from .flow.addresses import Addresses
 from .flow.tuning import MOST, Choice, Readings, Tuning
-from .io.base import TunableStream
+from .io.base import is_tunable
 from .wire.frames import Flag, FrameType, encode_control
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Tuner:
         self._congestion = congestion
         for connection in self._link.connections:
             stream = connection.stream
-            if isinstance(stream, TunableStream) and not connection.closed and stream.congestion() not in congestion:
+            if is_tunable(stream) and not connection.closed and stream.congestion() not in congestion:
                 stream.set_congestion(congestion)
 
     def _have(self, choice: Choice, *, fresh: bool) -> None:
@@ -305,6 +305,6 @@ class Tuner:
             return
         active = [c for c in self._link.connections if not c.closed and not c.parked]
         for connection in active:
-            if isinstance(connection.stream, TunableStream):
+            if is_tunable(connection.stream):
                 connection.stream.pace(None if self.capped_at is None else self.capped_at / len(active))
         self._paced = self.capped_at is not None

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import lru_cache
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from ..buffers import PageList
 from ..errors import KVError
@@ -94,6 +95,16 @@ class TunableStream(Protocol):
 
     def pace(self, bytes_per_s: float | None) -> None:
         """Send at most so fast (None: no limit)."""
+
+
+@lru_cache(maxsize=64)
+def _tunable(kind: type) -> bool:
+    return issubclass(kind, TunableStream)
+
+
+def is_tunable(stream: ByteStream) -> TypeGuard[TunableStream]:
+    """Whether it is a :class:`TunableStream`. ``isinstance`` with a protocol takes tens of microseconds where the answer is no."""
+    return _tunable(type(stream))
 
 
 class Listener(Protocol):

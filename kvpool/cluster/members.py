@@ -72,6 +72,8 @@ class Roster:
         self.members: Mapping[str, Member] = {}
         self._epoch: bytes | None = None
         self._young_until = float("-inf")
+        self._old_from = float("-inf")
+        """Until then the directory may have lost everything moments before it was first asked, for all that is known here."""
         self._unreachable = False
         self._updated = float("-inf")
 
@@ -83,6 +85,8 @@ class Roster:
             # The first epoch one ever sees is no loss: there is nothing to hold on to.
             if self._epoch is not None or (snapshot.epoch is None and self.members):
                 self._young_until = now + 2 * self.ttl_s
+            elif snapshot.epoch is not None:
+                self._old_from = now + 2 * self.ttl_s
             self._epoch = snapshot.epoch or self._epoch
         seen = {m.id: m for m in snapshot.members}
         self.members = {**self.members, **seen} if self.frozen(now) else seen
@@ -96,11 +100,12 @@ class Roster:
         return self._unreachable or now < self._young_until
 
     def steady(self, now: float) -> bool:
-        """Whether data may be moved by this view: it is not frozen, and no older than the TTL.
+        """Whether data may be moved by this view: it is not frozen, no older than the TTL, and the directory has been known for two TTLs.
 
-        A process that was stopped for a while (SIGSTOP, a suspended machine) wakes with a view that nothing has marked as frozen.
+        A process that was stopped for a while (SIGSTOP, a suspended machine) wakes with a view that nothing has marked as frozen; one
+        that has just joined cannot tell a directory that lost everything from a small cluster.
         """
-        return not self.frozen(now) and now - self._updated <= self.ttl_s
+        return not self.frozen(now) and now - self._updated <= self.ttl_s and now >= self._old_from
 
     def writable(self) -> list[Member]:
         """Members that take new data."""

@@ -14,6 +14,15 @@ CATCHES = {
 }
 
 
+FOUND = (53,)
+"""Seeds that found something: a node that joined just after the directory had lost everything copied by what it saw there."""
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_seeds_that_found_something(seed):
+    run_seed(seed)
+
+
 def test_seeds():
     seen = {run_seed(seed).profile for seed in range(100, 120)}
     assert seen == set(PROFILES)

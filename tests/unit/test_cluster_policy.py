@@ -465,13 +465,24 @@ def test_nothing_moves_by_an_old_view():
     roster = Roster(3.0)
     assert not roster.steady(0.0)
     roster.update(0.0, Snapshot(b"e1", (member("a"),)))
-    assert roster.steady(3.0)
-    assert not roster.steady(3.1)
-    assert not roster.frozen(3.1)
+    roster.update(6.0, Snapshot(b"e1", (member("a"),)))
+    assert roster.steady(9.0)
+    assert not roster.steady(9.1)
+    assert not roster.frozen(9.1)
     roster.update(100.0, Snapshot(b"e1", (member("a"),)))
     assert roster.steady(100.0)
     roster.failed()
     assert not roster.steady(100.0)
+
+
+def test_who_has_just_joined_moves_nothing():
+    """It cannot tell a directory that lost everything moments ago from a small cluster."""
+    roster = Roster(3.0)
+    for now in (0.0, 2.0, 4.0, 5.9):
+        roster.update(now, Snapshot(b"e1", (member("a"),)))
+        assert not roster.steady(now)
+        assert not roster.frozen(now)
+    assert roster.steady(6.0)
 
 
 # -- reads ---------------------------------------------------------------------------------------------

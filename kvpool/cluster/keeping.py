@@ -127,9 +127,11 @@ class Keeper:
     def seen(self, roster: Roster) -> None:
         """The view of the members was asked for again: what came and what went makes work."""
         now = self._clock()
-        if not roster.steady(now):
-            return
         known = {m.id: m.incarnation for m in roster.members.values() if m.cluster == self._cluster}
+        if not roster.steady(now):
+            # Who comes before this node may move anything has come, too.
+            self._seen = known if self._seen is None else self._seen
+            return
         before, self._seen = self._seen, known
         if before is None or before == known:
             return

@@ -79,6 +79,9 @@ class Roster:
 
     def update(self, now: float, snapshot: Snapshot) -> None:
         """The directory answered."""
+        if self._unreachable and now - self._updated > self.ttl_s / 2:
+            # It may have been out of the nodes' reach as well: their records have expired, and they are about to say again that they are there.
+            self._young_until = max(self._young_until, now + 2 * self.ttl_s)
         self._unreachable = False
         self._updated = now
         if snapshot.epoch != self._epoch or snapshot.epoch is None:

@@ -108,8 +108,8 @@ def test_an_unreachable_directory_freezes_the_view():
     roster.failed()
     assert roster.frozen(100.0)
     assert set(roster.members) == {"a"}
-    roster.update(101.0, Snapshot(b"e1", (member("b"),)))
-    assert not roster.frozen(101.0)
+    roster.update(1.0, Snapshot(b"e1", (member("b"),)))
+    assert not roster.frozen(1.0)
     assert set(roster.members) == {"b"}
 
 
@@ -483,6 +483,25 @@ def test_who_has_just_joined_moves_nothing():
         assert not roster.steady(now)
         assert not roster.frozen(now)
     assert roster.steady(6.0)
+
+
+def test_a_directory_that_is_back_may_have_forgotten_everybody():
+    """It was out of everybody's reach for longer than the TTL: records have expired, its epoch is the same."""
+    roster = Roster(3.0)
+    roster.update(0.0, Snapshot(b"e1", (member("a"), member("b"))))
+    roster.failed()
+    roster.update(5.0, Snapshot(b"e1", ()))
+    assert set(roster.members) == {"a", "b"}
+    assert roster.frozen(5.0)
+    roster.update(7.0, Snapshot(b"e1", (member("b"),)))
+    assert set(roster.members) == {"a", "b"}
+    roster.update(11.0, Snapshot(b"e1", (member("b"),)))
+    assert set(roster.members) == {"b"}
+    assert not roster.frozen(11.0)
+    # One answer that did not come is no reason: nobody's record expires in between.
+    roster.failed()
+    roster.update(12.0, Snapshot(b"e1", (member("b"),)))
+    assert not roster.frozen(12.0)
 
 
 # -- reads ---------------------------------------------------------------------------------------------

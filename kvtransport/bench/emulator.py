@@ -85,7 +85,7 @@ class EmulatedLink:
         reason = why_not()
         if reason is not None:
             raise ConfigError(f"cannot emulate a link: {reason}")
-        self._program = str(program("emulator"))
+        self._program = str(program("emulator", headers=("namespaces.h",)))
         words = self.conditions.words().split()
         self._process = self._crew.start("link emulator", [self._program, "link", *words, str(self._seed)])
         try:

@@ -14,34 +14,18 @@
  * is one JSON object. The process ends with its input, and with the process that started it.
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <linux/if_tun.h>
-#include <linux/virtio_net.h>
+#include "namespaces.h"
+
 #include <math.h>
-#include <net/if.h>
 #include <netinet/ip.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <sched.h>
-#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
-#include <sys/prctl.h>
-#include <time.h>
-#include <unistd.h>
 
-#define MTU 1500
 #define WIRE_OVERHEAD 38 /* Ethernet header, check sequence, preamble and gap of every segment */
 #define BATCH 64         /* packets of one direction before the other has its turn */
 #define MAX_HELD ((size_t)1 << 30)
-#define QUEUE_LENGTH 20000
-#define FIRST_NAMESPACE_FD 100
 
 typedef struct packet {
     struct packet *next;
@@ -64,17 +48,6 @@ static struct {
     double delay_s, bits_per_s, loss, queue_s;
 } link_now;
 static uint64_t random_state;
-
-static void die(const char *what) {
-    fprintf(stderr, "%s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 /* -- loss ------------------------------------------------------------------------------------------------- */
 
@@ -225,69 +198,6 @@ static bool deliver(direction *d, double at) {
         any = true;
     }
     return any;
-}
-
-/* -- namespaces ------------------------------------------------------------------------------------------- */
-
-/* Nothing but what is measured shall pass: no neighbour discovery of IPv6. Kernels without it have no such file. */
-static void without_ipv6(void) {
-    int f = open("/proc/sys/net/ipv6/conf/all/disable_ipv6", O_WRONLY);
-    if (f < 0) return;
-    if (write(f, "1", 1) != 1) die("switching IPv6 off in the namespace");
-    close(f);
-}
-
-static void configure(const char *device, const char *address) {
-    int s = socket(AF_INET, SOCK_DGRAM, 0);
-    struct ifreq lo = {.ifr_flags = IFF_UP}, r = {0};
-    strcpy(lo.ifr_name, "lo");
-    strcpy(r.ifr_name, device);
-    struct sockaddr_in *in = (struct sockaddr_in *)&r.ifr_addr;
-    if (s < 0 || ioctl(s, SIOCSIFFLAGS, &lo)) die("bringing up lo");
-    in->sin_family = AF_INET;
-    inet_pton(AF_INET, address, &in->sin_addr);
-    if (ioctl(s, SIOCSIFADDR, &r)) die("giving the device its address");
-    inet_pton(AF_INET, "255.255.255.0", &in->sin_addr);
-    if (ioctl(s, SIOCSIFNETMASK, &r)) die("giving the device its mask");
-    r.ifr_mtu = MTU;
-    if (ioctl(s, SIOCSIFMTU, &r)) die("setting the MTU");
-    r.ifr_qlen = QUEUE_LENGTH;
-    if (ioctl(s, SIOCSIFTXQLEN, &r)) die("setting the queue length");
-    r.ifr_flags = IFF_UP | IFF_RUNNING;
-    if (ioctl(s, SIOCSIFFLAGS, &r)) die("bringing up the device");
-    close(s);
-}
-
-/* A new namespace with its TUN device; this process is inside it afterwards. Returns the device. */
-static int make_side(const char *address, int *namespace) {
-    if (unshare(CLONE_NEWNET)) die("making a network namespace (root is needed)");
-    if ((*namespace = open("/proc/self/ns/net", O_RDONLY)) < 0) die("/proc/self/ns/net");
-    without_ipv6();
-    int device = open("/dev/net/tun", O_RDWR | O_NONBLOCK);
-    if (device < 0) die("/dev/net/tun");
-    struct ifreq r = {.ifr_flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR};
-    strcpy(r.ifr_name, "emu0");
-    int header = sizeof(struct virtio_net_hdr);
-    if (ioctl(device, TUNSETIFF, &r) || ioctl(device, TUNSETVNETHDRSZ, &header) ||
-        ioctl(device, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4))
-        die("making a TUN device");
-    configure("emu0", address);
-    return device;
-}
-
-static int enter(char **arguments) {
-    char path[64];
-    pid_t parent = getppid();
-    /* run_link keeps the namespaces open under these numbers. */
-    snprintf(path, sizeof path, "/proc/%d/fd/%d", atoi(arguments[0]), FIRST_NAMESPACE_FD + (*arguments[1] == '1'));
-    int namespace = open(path, O_RDONLY);
-    if (namespace < 0 || setns(namespace, CLONE_NEWNET)) die("entering the namespace of the emulator");
-    close(namespace);
-    prctl(PR_SET_PDEATHSIG, SIGKILL); /* kept by exec */
-    if (getppid() != parent) return 1;
-    execvp(arguments[2], arguments + 2);
-    die(arguments[2]);
-    return 1;
 }
 
 /* -- the loop --------------------------------------------------------------------------------------------- */

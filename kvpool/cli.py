@@ -138,7 +138,7 @@ def explain(
 ) -> None:
     """Why a prompt's match is as long as it is: per group how far it reaches and what ends it."""
     layout = presets.load(model)
-    ids = _token_ids(tokens)
+    ids = token_ids(tokens)
 
     async def work(pool: PoolClient) -> Any:
         ns = await pool.namespace(layout, block_tokens)
@@ -168,7 +168,8 @@ def clear(
     write_json(json_to, {"entries": entries})
 
 
-def _token_ids(source: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+def token_ids(source: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The JSON list of token ids in a file, or on standard input for "-". Raises ConfigError."""
     try:
         body = json.loads(sys.stdin.read() if source == "-" else Path(source).read_text())
         ids = np.asarray(body)

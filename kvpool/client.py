@@ -37,6 +37,7 @@ from .messages import (
 )
 from .objects import Landing, are_right, checksums_of, pages_of, sizes_of, units
 from .protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
+from .security import DEFAULT_TENANT
 
 Into = Mapping[tuple[int, int], PageList] | Callable[[Manifest], Mapping[tuple[int, int], PageList]]
 """Destinations of a get by (layer, tensor), or what makes them once the manifest is known."""
@@ -99,15 +100,24 @@ class PoolClient:
     # -- lookups -------------------------------------------------------------------------------
 
     async def namespace(
-        self, layout: CacheLayout, block_tokens: int = DEFAULT_BLOCK_TOKENS, *, salt: bytes = b""
+        self,
+        layout: CacheLayout,
+        block_tokens: int = DEFAULT_BLOCK_TOKENS,
+        *,
+        salt: bytes = b"",
+        tenant: str | None = None,
     ) -> Namespace:
-        # The tenant in it is a local label: the pool goes by the session's.
-        ns = Namespace("default", layout, block_tokens, salt)
+        """As of :class:`kvpool.protocol.PoolProtocol`. ``tenant``: whose it is, when that must be known: by a node that copies other
+        tenants' blocks (the pool refuses anybody else for whom it does not take the session), or to be told of a mistake.
+        """
+        # Without one the tenant in it is a local label: the pool goes by the session's.
+        ns = Namespace(tenant or DEFAULT_TENANT, layout, block_tokens, salt)
         args = {
             "layout": layout.describe(),
             "tp_rank": layout.tp_rank,
             "block_tokens": block_tokens,
             "salt": salt,
+            **({} if tenant is None else {"tenant": tenant}),
         }
         self._names[ns.id] = (await self.link.call("namespace", args))["ns"]
         return ns
@@ -175,7 +185,10 @@ class PoolClient:
         start: int = 0,
         request: bytes | None = None,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        priority: int = 0,
+        bytes_per_s: float | None = None,
     ) -> Receiver:
+        """As of :class:`kvpool.protocol.PoolProtocol`; the pool sends it no faster than ``bytes_per_s``."""
         transfer = new_transfer_id()
 
         def grant(manifest: Manifest) -> Mapping[tuple[int, int], PageList]:
@@ -194,6 +207,8 @@ class PoolClient:
             request=request,
             transfer=transfer,
             deadline_s=deadline_s,
+            **({"priority": priority} if priority else {}),
+            **({} if bytes_per_s is None else {"bytes_per_s": bytes_per_s}),
         )
         try:
             await self.link.call("get", args, timeout_s=deadline_s + ANSWER_S)

@@ -22,7 +22,7 @@ from .eviction import DEFAULT_POLICY, Eviction, GhostList, Policy, make_policy
 from .eviction.flops import FlopsModel
 from .flat import FlatGet, FlatPut, FlatShelf
 from .get import Get
-from .index import Nodes, Selection, Tree, Watcher
+from .index import Nodes, Path, Selection, Tree, Watcher
 from .keys import KeyChain, Namespace, check_flat_keys, check_tenant
 from .match import Explanation, Ghost, Match, Reason, View, explain, match
 from .memory import Memory
@@ -134,7 +134,7 @@ class PoolCore:
         """All that are open."""
         return [room.tree.ns for room in self._rooms.values()]
 
-    def chains(self, ns: Namespace) -> list[list[bytes]]:
+    def chains(self, ns: Namespace) -> list[Path]:
         """See :meth:`kvpool.index.Tree.chains`."""
         return self._room(ns, None).tree.chains()
 
@@ -577,7 +577,7 @@ class PoolCore:
     def _check_reach(chain: KeyChain, boundary: int, points: Iterable[int]) -> None:
         if boundary > chain.tokens:
             raise KeyChainError(f"the key chain has {chain.tokens} tokens, the boundary is {boundary}: extend it first")
-        if chain.opaque and any(p % chain.ns.block_tokens for p in points):
+        if not all(chain.names(p) for p in points if p % chain.ns.block_tokens):
             raise KeyChainError(
                 f"a chain of engine hashes can only end at multiples of {chain.ns.block_tokens} tokens, got {sorted(points)}"
             )

@@ -15,7 +15,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,13 @@ Selection = list[tuple[int, Nodes]]
 ROOT = -1
 _NO_NODES: Nodes = np.empty(0, dtype=np.int32)
 _FIRST_ROWS = 64
+
+
+class Path(NamedTuple):
+    """Block keys from a first block on, and the off-grid checkpoint at the end if there is one: its position (tokens) and key."""
+
+    keys: list[bytes]
+    tail: tuple[int, bytes] | None = None
 
 
 class Watcher(Protocol):
@@ -147,23 +154,30 @@ class Tree:
         """(parent, position in tokens at the end of what the node holds); ROOT is the parent of first blocks."""
         return int(self._parent[node]), int(self._position[node])
 
-    def chains(self) -> list[list[bytes]]:
-        """The block keys of every path from a first block to a last one, what would be evicted last at the front."""
-        held = np.flatnonzero(self._resident.any(axis=0) & (self._position % self.ns.block_tokens == 0))
-        held = held[self._position[held] > 0]
+    def chains(self) -> list[Path]:
+        """Every path from a first block to a last one or to an off-grid checkpoint, what would be evicted last at the front.
+
+        A checkpoint inside the very first block is left out.
+        """
+        held = np.flatnonzero(self._resident.any(axis=0) & (self._position >= self.ns.block_tokens))
         above = np.zeros(len(self._parent), dtype=np.bool_)
         parents = self._parent[held]
         above[parents[parents >= 0]] = True
         ends = held[~above[held]]
         ranks = np.where(self._resident[:, ends], self._rank[:, ends], -np.inf).max(axis=0)
-        out = []
-        for node in ends[np.argsort(-ranks, kind="stable")].tolist():
-            path = []
-            while node != ROOT:
-                path.append(node)
-                node = int(self._parent[node])
-            out.append(self._table.keys(np.array(path[::-1], np.int32)))
-        return out
+        return [self.path_to(node) for node in ends[np.argsort(-ranks, kind="stable")].tolist()]
+
+    def path_to(self, node: int) -> Path:
+        """The path that ends with ``node``."""
+        position = int(self._position[node])
+        path = []
+        while node != ROOT:
+            path.append(node)
+            node = int(self._parent[node])
+        keys = self._table.keys(np.array(path[::-1], np.int32))
+        if position % self.ns.block_tokens:
+            return Path(keys[:-1], (position, keys[-1]))
+        return Path(keys)
 
     def places_of(self, nodes: Nodes) -> tuple[list[int], list[int]]:
         """Parents and positions of ``nodes``, as of :meth:`place_of`."""
@@ -197,7 +211,7 @@ class Tree:
     def find_tail(self, chain: KeyChain, position: int, path: Nodes) -> int | None:
         """The node of the off-grid checkpoint at ``position``, given the path of the blocks before it."""
         block = position // self.ns.block_tokens
-        if chain.opaque or position > chain.tokens or len(path) < block:
+        if not chain.names(position) or len(path) < block:
             return None
         node = self._table.get(chain.key_at(position))
         parent = int(path[block - 1]) if block else ROOT
@@ -209,7 +223,7 @@ class Tree:
         """What the rules of :mod:`kvpool.match` decide on; ``path`` comes from :meth:`find`."""
         resident = self._resident[np.array(self.unit_of)[:, None], path[None, :]]
         tails = []
-        if self._tails and not chain.opaque:
+        if self._tails and (not chain.opaque or chain.tails):
             for parent in (ROOT, *path[self._with_tails[path]].tolist()):
                 for position in self._tails.get(parent, ()):
                     node = self.find_tail(chain, position, path)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -37,6 +37,8 @@ MAX_KEY_BYTES = 64
 MAX_FLAT_KEY_BYTES = 256
 MAX_EXTRA_BYTES = 4096
 MAX_SALT_BYTES = 64
+MAX_TAILS = 1024
+"""Off-grid keys that an opaque chain may be given."""
 MAX_TENANT_BYTES = 256
 
 Tokens = Sequence[int] | np.ndarray[Any, np.dtype[Any]] | Iterable[int]
@@ -120,7 +122,7 @@ class KeyChain:
     MAX_EXTRA_BYTES, or more than MAX_CHAIN_TOKENS tokens.
     """
 
-    __slots__ = ("_blocks", "_opaque_tokens", "_tokens", "extra", "ns")
+    __slots__ = ("_blocks", "_opaque_tokens", "_tails", "_tokens", "extra", "ns")
 
     def __init__(self, ns: Namespace, tokens: Tokens = (), extra: bytes = b"") -> None:
         if not isinstance(extra, bytes) or len(extra) > MAX_EXTRA_BYTES:
@@ -130,14 +132,18 @@ class KeyChain:
         self._tokens = bytearray()
         self._blocks: list[bytes] = []
         self._opaque_tokens: int | None = None
+        self._tails: Mapping[int, bytes] = {}
         self.extend(tokens)
 
     @classmethod
-    def of_hashes(cls, ns: Namespace, hashes: Iterable[bytes], tokens: int) -> KeyChain:
+    def of_hashes(
+        cls, ns: Namespace, hashes: Iterable[bytes], tokens: int, tails: Mapping[int, bytes] | None = None
+    ) -> KeyChain:
         """A chain of an engine's own block hashes (1 to 64 bytes each, passed through unread).
 
         ``tokens`` is the length of the whole sequence; every full block of it has one hash. Such a chain has no
-        off-grid keys. Raises KeyChainError when counts, lengths or uniqueness do not hold.
+        off-grid keys but those given: ``tails``, by position (tokens), are for whoever knows keys and no tokens, as a node that
+        copies what it holds. Raises KeyChainError when counts, lengths or uniqueness do not hold.
         """
         chain = cls(ns)
         blocks = list(hashes)
@@ -151,8 +157,17 @@ class KeyChain:
                 raise KeyChainError(f"a block hash is 1 to {MAX_KEY_BYTES} bytes, got {block!r:.80}")
         if len(set(blocks)) != len(blocks):
             raise KeyChainError("a chain holds the same block hash twice: hashes must depend on everything before them")
+        tails = tails or {}
+        if len(tails) > MAX_TAILS or not all(
+            0 < p <= tokens and p % ns.block_tokens and isinstance(k, bytes) and 0 < len(k) <= MAX_KEY_BYTES
+            for p, k in tails.items()
+        ):
+            raise KeyChainError(
+                f"keys off the grid are 1 to {MAX_KEY_BYTES} bytes, at positions up to {tokens} tokens inside blocks, at most {MAX_TAILS}"
+            )
         chain._blocks = blocks
         chain._opaque_tokens = tokens
+        chain._tails = dict(tails)
         return chain
 
     @classmethod
@@ -213,8 +228,19 @@ class KeyChain:
 
     @property
     def opaque(self) -> bool:
-        """Whether the keys are an engine's own: no off-grid checkpoints then."""
+        """Whether the keys are given, not made of tokens: no off-grid checkpoints then but those of :attr:`tails`."""
         return self._opaque_tokens is not None
+
+    @property
+    def tails(self) -> Mapping[int, bytes]:
+        """The off-grid keys of an opaque chain, by position in tokens. Do not modify."""
+        return self._tails
+
+    def names(self, position: int) -> bool:
+        """Whether :meth:`key_at` knows a key for ``position``."""
+        if not 0 < position <= self.tokens:
+            return False
+        return not self.opaque or position % self.ns.block_tokens == 0 or position in self._tails
 
     @property
     def token_bytes(self) -> bytes:
@@ -240,6 +266,8 @@ class KeyChain:
         block, tail = divmod(position, self.ns.block_tokens)
         if tail == 0:
             return self._blocks[block - 1]
+        if position in self._tails:
+            return self._tails[position]
         if self.opaque:
             raise KeyChainError(
                 f"position {position} is inside a block of {self.ns.block_tokens} tokens: a chain of engine hashes has "

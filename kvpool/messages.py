@@ -37,7 +37,8 @@ def chain_to_wire(chain: KeyChain | None, *, keys: bool = False) -> dict[str, An
     if keys and all(len(k) == KEY_BYTES for k in (chain.blocks if chain.opaque else ())):
         return {"packed": b"".join(chain.blocks), "count": chain.tokens}
     if chain.opaque:
-        return {"hashes": list(chain.blocks), "count": chain.tokens}
+        body: dict[str, Any] = {"hashes": list(chain.blocks), "count": chain.tokens}
+        return {**body, "tails": [[p, k] for p, k in chain.tails.items()]} if chain.tails else body
     return {"tokens": chain.token_bytes, "extra": chain.extra}
 
 
@@ -60,7 +61,12 @@ def chain_steps(ns: Namespace, body: object, *, stores: bool = False) -> Steps[K
         hashes, count = body["hashes"], body.get("count")
         if not isinstance(hashes, list) or not isinstance(count, int):
             raise ProtocolError("a chain of engine hashes needs a list 'hashes' and an integer 'count'")
-        return KeyChain.of_hashes(ns, hashes, count)
+        tails = body.get("tails", [])
+        if not isinstance(tails, list) or not all(
+            isinstance(t, list) and len(t) == 2 and type(t[0]) is int and isinstance(t[1], bytes) for t in tails
+        ):
+            raise ProtocolError("'tails' of a chain are a list of positions and keys")
+        return KeyChain.of_hashes(ns, hashes, count, dict(tails))
     tokens, extra = body.get("tokens"), body.get("extra", b"")
     if not isinstance(tokens, bytes) or not isinstance(extra, bytes):
         raise ProtocolError("a key chain needs 'tokens' (bytes, little-endian u32) and 'extra' (bytes)")
@@ -189,6 +195,13 @@ class Args:
                 f"{self._verb}: argument {name!r} must be within 0..{MAX_TIMEOUT_S:g} seconds, got {value}"
             )
         return value
+
+    def rate(self, name: str) -> float | None:
+        """Bytes a second, above 0; None when there is no limit."""
+        value = self.get(name, (int, float, type(None)), None)
+        if value is not None and not 0 < value < float("inf"):
+            raise ProtocolError(f"{self._verb}: argument {name!r} must be above 0 bytes a second, got {value}")
+        return None if value is None else float(value)
 
     def name(self, name: str, *, optional: bool = False) -> bytes | None:
         """16 bytes that name a transfer or a request."""

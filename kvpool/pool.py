@@ -165,6 +165,7 @@ class Pool:
         checkpoints: Iterable[int] = (),
         request: bytes | None = None,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        priority: int = 0,
     ) -> EmbeddedPut:
         self._check(ns)
         steps = self.core.put_steps(
@@ -195,6 +196,7 @@ class Pool:
         start: int = 0,
         request: bytes | None = None,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        priority: int = 0,
     ) -> EmbeddedGet:
         self._check(ns)
         deadline = self.core.clock() + deadline_s

@@ -61,8 +61,12 @@ class PoolProtocol(Protocol):
         checkpoints: Iterable[int] = (),
         request: bytes | None = None,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        priority: int = 0,
     ) -> OutgoingTransfer:
-        """Open a put of tokens ``[start, boundary)``; invisible until sealed. See :meth:`kvpool.core.PoolCore.begin_put`."""
+        """Open a put of tokens ``[start, boundary)``; invisible until sealed. See :meth:`kvpool.core.PoolCore.begin_put`.
+
+        ``priority``: over a network, chunks of a higher one go first on a link; in process it is of no matter.
+        """
 
     async def get(
         self,
@@ -74,12 +78,14 @@ class PoolProtocol(Protocol):
         start: int = 0,
         request: bytes | None = None,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        priority: int = 0,
     ) -> IncomingTransfer:
         """Receive tokens ``[start, boundary)`` and the state at ``boundary`` into ``into``, by (layer, tensor).
 
         The page lists match the extents of ``layout.extents(boundary, start=start, align=block_tokens)``. With a
-        ``request`` this waits until its put begins (or the index can answer), then reads behind it. Raises MissError,
-        DestinationError, DeadlineError.
+        ``request`` this waits until its put begins (or the index can answer), then reads behind it. ``priority``: as of
+        :meth:`put`; a get below 0 also waits, piece by piece, while its node sends to others. Raises MissError, DestinationError,
+        DeadlineError.
         """
 
     async def lease(self, ns: Namespace, chain: KeyChain, length: int, seconds: float) -> LeaseInfo:

@@ -23,6 +23,7 @@ from kvtransport.manifest import Manifest, new_transfer_id
 from kvtransport.receiver import Expectation
 from kvtransport.sender import Sender
 
+from .below import Below
 from .core import PoolCore
 from .errors import MissError
 from .flat import FlatGet, FlatPut
@@ -54,6 +55,17 @@ class Session:
         self.puts: dict[bytes, FlatPut] = {}
         """Objects on their way, by transfer."""
 
+    def speaks_for(self, tenant: str | None) -> str:
+        """The tenant of a namespace that names one: the session's own, or any for a node of the cluster. Raises RefusedError."""
+        if tenant is None or tenant == self.tenant:
+            return self.tenant
+        if self.link.identity is None or not self.link.identity.node:
+            raise RefusedError(
+                f"this session is tenant {self.tenant!r} and cannot speak for {tenant!r}: connect as that tenant; only nodes of "
+                "the cluster, by a certificate with a URI kvpool://node/NAME, copy what belongs to others"
+            )
+        return tenant
+
 
 class PoolServer:
     """Serves ``core`` on ``endpoint``. Belongs to the endpoint's event loop.
@@ -73,6 +85,7 @@ class PoolServer:
         self._waiting = Waiting(core)
         self._puts = 0
         self._wire: Counter[str] = Counter()
+        self._below = Below()
         self._draining = False
         self._loop = asyncio.get_running_loop()
         self.metrics: Metrics | None = None
@@ -198,10 +211,9 @@ class PoolServer:
     # -- lookups -------------------------------------------------------------------------------
 
     async def _namespace(self, session: Session, args: Args) -> dict[str, Any]:
+        tenant = session.speaks_for(args.get("tenant", (str, type(None)), None))
         layout = CacheLayout.from_description(args.get("layout", dict), tp_rank=args.integer("tp_rank", 0))
-        ns = self.core.open_namespace(
-            session.tenant, layout, args.integer("block_tokens"), args.get("salt", bytes, b"")
-        )
+        ns = self.core.open_namespace(tenant, layout, args.integer("block_tokens"), args.get("salt", bytes, b""))
         session.namespaces[ns.id] = ns
         return {"ns": ns.id}
 
@@ -253,7 +265,7 @@ class PoolServer:
             **self.core.stat(),
             "links": len(self._endpoint.links),
             "transfers": self.active,
-            "wire": dict(self._wire),
+            "wire": {**self._wire, "yielded_pieces": self._below.yielded},
         }
 
     async def _clear(self, session: Session, args: Args) -> dict[str, Any]:
@@ -435,7 +447,14 @@ class PoolServer:
                 if request is None or not early:
                     raise
             await self._waiting.for_request(session.tenant, request, max(0.001, deadline - self.core.clock()))
-        self._send(session, get, transfer, deadline - self.core.clock())
+        self._send(
+            session,
+            get,
+            transfer,
+            deadline - self.core.clock(),
+            priority=args.get("priority", int, 0),
+            bytes_per_s=args.rate("bytes_per_s"),
+        )
         if self.on_read is not None and chain is not None:
             self.on_read(ns, chain, args.integer("boundary"))
         return {}
@@ -494,13 +513,30 @@ class PoolServer:
         """A client found an object whose bytes no longer have their checksum."""
         return {"dropped": [self.core.drop_flat(session.tenant, key, corrupt=True) for key in args.packed_keys()]}
 
-    def _send(self, session: Session, get: Get | FlatGet, transfer: bytes, deadline_s: float) -> None:
+    def _send(
+        self,
+        session: Session,
+        get: Get | FlatGet,
+        transfer: bytes,
+        deadline_s: float,
+        *,
+        priority: int = 0,
+        bytes_per_s: float | None = None,
+    ) -> None:
+        pace = "" if bytes_per_s is None else f"get {transfer.hex()}"  # a name that nobody else has
         try:
-            sender = session.link.open(get.manifest(transfer), deadline_s=max(0.001, deadline_s))
+            if pace:
+                self._endpoint.cap_tenant(pace, bytes_per_s)
+            sender = session.link.open(
+                get.manifest(transfer), deadline_s=max(0.001, deadline_s), priority=priority, tenant=pace
+            )
         except KVError:
+            self._endpoint.cap_tenant(pace, None)
             get.close()
             raise
-        self._spawn(self._relay(get, sender))
+        relay = self._spawn(self._relay(get, sender))
+        if pace:
+            relay.add_done_callback(lambda _: self._endpoint.cap_tenant(pace, None))
 
     async def _relay(self, get: Get | FlatGet, sender: Sender) -> None:
         """Hand over what is there and what still comes; seal when the source is sealed; then let go of it."""
@@ -509,6 +545,9 @@ class PoolServer:
         get.on_failed = sender.fail
         nbytes = sum(pages.nbytes for pages in get.sources.values())
         self.sending_bytes += nbytes
+        below = sender.priority < 0
+        if not below:
+            self._below.live()
 
         def hand_over(layer: int, tensor: int, start: int, stop: int) -> None:
             if sender.error is None and stop > start:
@@ -519,7 +558,9 @@ class PoolServer:
                 sealed.set_result(None)
 
         try:
-            if isinstance(get, Get):
+            if isinstance(get, Get) and below and get.sealed:
+                await self._below.hand_over(get, sender)
+            elif isinstance(get, Get):
                 get.on_sealed = seal_seen
                 get.subscribe(hand_over)
                 for item in get.ready_ranges():
@@ -538,6 +579,8 @@ class PoolServer:
         finally:
             await sender.cancel("the pool stopped sending")
             self.sending_bytes -= nbytes
+            if not below:
+                self._below.done()
             self._moved("get", since, sender.error)
             for name in ("moved_bytes", "resent_bytes"):
                 self._wire[f"sent_{name}"] += getattr(sender.stats, name)

@@ -25,6 +25,7 @@ from kvtransport.endpoint import Endpoint, EndpointConfig
 from kvtransport.flow.spilling import SpillPolicy
 from kvtransport.layout import CacheLayout, Extent
 from kvtransport.manifest import Manifest, new_transfer_id
+from kvtransport.tls import TlsConfig
 from tests.poolkit import LAYOUTS, content
 
 STEP = 16
@@ -130,8 +131,16 @@ class Node:
     """One kvpoold's insides."""
 
     def __init__(
-        self, name: str, *, cluster: str = "a", pages: int = 4096, page_bytes: int = 1024, **options: Any
+        self,
+        name: str,
+        *,
+        cluster: str = "a",
+        pages: int = 4096,
+        page_bytes: int = 1024,
+        tls: TlsConfig | None = None,
+        **options: Any,
     ) -> None:
+        self.tls = tls
         self.options = options
         self.name, self.cluster = name, cluster
         self.pages, self.page_bytes = pages, page_bytes
@@ -139,7 +148,9 @@ class Node:
     async def start(self, directory: Directory | None, port: int = 0) -> Node:
         self.arena = PageArena(Arena(self.pages * self.page_bytes, lock="off", cuda="off", huge="off"), self.page_bytes)
         self.core = PoolCore(self.arena, clock=time.monotonic)
-        config = EndpointConfig(spill=SpillPolicy(budget_bytes=0), keepalive_s=0.2, dead_after_s=1.0, reconnect_s=0.3)
+        config = EndpointConfig(
+            spill=SpillPolicy(budget_bytes=0), keepalive_s=0.2, dead_after_s=1.0, reconnect_s=0.3, tls=self.tls
+        )
         self.endpoint = Endpoint(config)
         self.server = PoolServer(self.endpoint, self.core)
         self.agent = NodeAgent(
@@ -156,7 +167,7 @@ class Node:
         host, self.port = await self.endpoint.listen("127.0.0.1", port)
         self.address = f"{host}:{self.port}"
         if directory is not None:
-            await self.agent.join(directory, self.address, ttl_s=TTL_S)
+            await self.agent.join(directory, self.address, ttl_s=TTL_S, config=config)
         return self
 
     async def announced(self) -> None:

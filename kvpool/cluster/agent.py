@@ -20,7 +20,7 @@ from kvpool.messages import Args
 from kvpool.security import tenant_of
 from kvtransport.address import parse_address
 from kvtransport.endpoint import Endpoint, EndpointConfig
-from kvtransport.errors import AddressError, ConfigError, ProtocolError
+from kvtransport.errors import AddressError, ConfigError, ProtocolError, RefusedError
 from kvtransport.io.base import Network
 from kvtransport.link import Link
 from kvtransport.probing import who_answers
@@ -28,6 +28,7 @@ from kvtransport.probing import who_answers
 from .announcing import ENTRY_TTL_S, Announcer, Watchers
 from .claims import Claims
 from .directory import Directory
+from .fetching import Fetcher
 from .keeping import Keeper
 from .links import NodeLinks
 from .members import Member, Pulse, Roster, State
@@ -105,6 +106,8 @@ class NodeAgent:
         endpoint.handlers["stale"] = self._on_stale
         endpoint.handlers["drain"] = self._on_drain
         endpoint.handlers["claim"] = self._on_claim
+        endpoint.handlers["pull"] = self._on_pull
+        self._fetcher = Fetcher(core, clock, copy_bytes_per_s)
         self._claims = Claims()
 
     @property
@@ -135,6 +138,7 @@ class NodeAgent:
             "unannounced": self.announcer.pending if self._directory is not None else 0,
             "drain": None if self._mover is None else msgspec.to_builtins(self._mover.progress),
             "keeping": None if self.keeper is None else msgspec.to_builtins(self.keeper.progress),
+            "pulled": msgspec.to_builtins(self._fetcher.fetched),
         }
 
     async def _on_entries(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
@@ -142,6 +146,14 @@ class NodeAgent:
         if len(keys) > 4_096:
             raise ProtocolError("entries: at most 4096 segments in one question")
         return {"entries": self.announcer.entries(keys)}
+
+    async def _on_pull(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
+        """A client wants what other nodes have to be here too."""
+        if self._links is None:
+            raise RefusedError("this node is in no cluster whose other nodes it could read from")
+        if self.state is not State.UP:
+            raise RefusedError(f"node {self.node} takes nothing new: it is {self.state}", retryable=True)
+        return await self._fetcher.asked(link, Args("pull", args), self._links, lambda: self._roster.members)
 
     async def _on_stale(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         """A client was sent here by entries that were not true: those that are not of the current generation are said again."""

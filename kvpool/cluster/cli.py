@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from kvpool.security import client_config
+from kvpool.security import DEFAULT_TENANT, client_config
 from kvtransport.bench.output import console, write_json
 from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import ConfigError, KVError
@@ -31,14 +31,14 @@ JsonTo = Annotated[
 ]
 
 
-async def open_cluster(target: str, config: EndpointConfig) -> ClusterPool:
+async def open_cluster(target: str, config: EndpointConfig, *, tenant: str = DEFAULT_TENANT) -> ClusterPool:
     """The cluster that a user named. Raises ConfigError, DirectoryError, NoNodeError."""
     if "://" in target:
-        return await connect_cluster(target, config=config, connections=1)
+        return await connect_cluster(target, config=config, connections=1, tenant=tenant)
     nodes = [n for n in target.split(",") if n]
     if not nodes:
         raise ConfigError("--directory is a URL such as valkey://HOST:PORT, or nodes as HOST:PORT,HOST:PORT")
-    return await connect_cluster(nodes, config=config, connections=1)
+    return await connect_cluster(nodes, config=config, connections=1, tenant=tenant)
 
 
 async def status_of(pool: ClusterPool) -> dict[str, Any]:
@@ -223,5 +223,8 @@ def drain(
 
 def register(app: typer.Typer) -> None:
     """Add the cluster's commands to ``app``."""
+    from .pull_cli import PULL_HELP, pull
+
+    cluster.command("pull", help=PULL_HELP)(pull)
     app.add_typer(cluster, name="cluster")
     app.command("drain", help=DRAIN_HELP)(drain)

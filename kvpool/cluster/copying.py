@@ -6,15 +6,17 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from kvpool.core import PoolCore
+from kvpool.index import Path
 from kvpool.keys import KeyChain, Namespace
 from kvpool.match import View, restorable
 from kvtransport.layout import GroupKind
 
-from .entries import decode, resident, short
+from .entries import Entry, decode, resident, short, tails
 from .links import NodeLinks
-from .locate import unit_numbers
+from .locate import Whole, unit_numbers
 from .members import Member
 from .pacing import Pacer
+from .peers import MAX_KEYS
 from .segments import SEGMENT_BLOCKS, segment_key
 
 STEP_S = 30.0
@@ -31,18 +33,18 @@ def last_segment(ns: Namespace, keys: Sequence[bytes]) -> tuple[bytes, int]:
 
 
 class Copyable:
-    """What this node can restore of a chain, as of now: at ``points`` (tokens, ascending; none: nothing is worth copying)."""
+    """What this node can restore of a path, as of now: at ``points`` (tokens, ascending; none: nothing is worth copying)."""
 
-    def __init__(self, core: PoolCore, ns: Namespace, keys: Sequence[bytes]) -> None:
-        chain = KeyChain.of_hashes(ns, keys, len(keys) * ns.block_tokens)
-        self._view: View = core.view(ns, chain)
-        points = [p for p in restorable(self._view) if p % ns.block_tokens == 0]
+    def __init__(self, core: PoolCore, ns: Namespace, path: Path) -> None:
+        self._view: View = core.view(ns, _chain_of(ns, path))
+        points = restorable(self._view)
         if not any(g.kind is GroupKind.RECURRENT for g in ns.layout.groups):
             points = points[-1:]
         self.ns, self.points = ns, points
         # Blocks behind the last state restore nothing.
-        self.keys = list(keys[: points[-1] // ns.block_tokens]) if points else []
-        self.chain = KeyChain.of_hashes(ns, self.keys, len(self.keys) * ns.block_tokens)
+        self.keys = list(path.keys[: points[-1] // ns.block_tokens]) if points else []
+        self.tail = path.tail if path.tail is not None and points and points[-1] == path.tail[0] else None
+        self.chain = _chain_of(ns, Path(self.keys, self.tail))
 
     @property
     def name(self) -> bytes:
@@ -58,7 +60,9 @@ class Copyable:
         first = last_segment(self.ns, self.keys)[1]
         numbers = unit_numbers(self._view.rules)
         there = resident(entry, short(self.keys[first:]), max(numbers) + 1)
-        ends = [p // step - 1 - first for p in self.points if p > first * step]
+        ends = [p // step - 1 - first for p in self.points if p > first * step and p % step == 0]
+        if self.tail is not None and not self._tail_in(entry, first, max(numbers) + 1):
+            return False
         for group, rule in enumerate(self._view.rules):
             row = there[numbers[group]]
             if rule.kind is GroupKind.RECURRENT and not bool(row[ends].all()):
@@ -69,6 +73,18 @@ class Copyable:
                 return False
         return True
 
+    def _tail_in(self, entry: Entry, first: int, units: int) -> bool:
+        assert self.tail is not None
+        position, key = self.tail
+        where = (position // self.ns.block_tokens - 1 - first, position % self.ns.block_tokens, int(short([key])[0]))
+        return any((t.block, t.offset, t.key) == where and all(t.units) for t in tails(entry, units))
+
+
+def _chain_of(ns: Namespace, path: Path) -> KeyChain:
+    if path.tail is None:
+        return KeyChain.of_hashes(ns, path.keys, len(path.keys) * ns.block_tokens)
+    return KeyChain.of_hashes(ns, path.keys, path.tail[0], dict([path.tail]))
+
 
 class Copier:
     """Copies over ``links``; ``clock`` gives seconds."""
@@ -76,20 +92,31 @@ class Copier:
     def __init__(self, core: PoolCore, links: NodeLinks, clock: Callable[[], float]) -> None:
         self._core, self._links, self._clock = core, links, clock
 
-    async def has(self, member: Member, what: Copyable) -> bool:
-        """Whether ``member`` itself says that it has the chain."""
+    async def held(self, member: Member, what: Copyable) -> set[int]:
+        """At which lengths (tokens) ``member``, by its own word, can restore the chain."""
         client = await self._links.client(member)
-        reply = await client.link.call("entries", {"keys": [what.name]}, timeout_s=ANSWER_S)
-        return what.held_by(reply["entries"][0])
+        known = Whole(what.ns, what.chain)
+        answers: list[dict[str, bytes]] = []
+        for at in range(0, len(known.keys), MAX_KEYS):
+            keys = known.keys[at : at + MAX_KEYS]
+            reply = await client.link.call("entries", {"keys": keys}, timeout_s=ANSWER_S)
+            answers += [{member.id: entry} if entry else {} for entry in reply["entries"]]
+        known.fill(answers, {member.id: member.incarnation})
+        return {n for view in known.views.values() for n in restorable(view)}
 
-    async def copy(self, member: Member, what: Copyable, pacer: Pacer, may: Callable[[], bool]) -> int:
-        """Copy the chain to ``member``; returns the bytes, fewer than all when ``may`` says no in between.
+    async def copy(self, member: Member, what: Copyable, held: set[int], pacer: Pacer, may: Callable[[], bool]) -> int:
+        """Copy to ``member`` what it lacks of the chain when it has what :meth:`held` says; returns the bytes, fewer than all
+        when ``may`` says no in between.
 
-        Raises MissError (evicted here meanwhile), PoolFullError, PrefixMissingError, LinkError, NoNodeError.
+        Raises MissError (evicted here meanwhile), PoolFullError, PrefixMissingError, LinkError, NoNodeError, and RefusedError
+        when it does not take this node for one that speaks for the chain's tenant.
         """
         client = await self._links.open(member, what.ns)
-        moved = start = 0
+        there, moved = set(held), 0
         for point in what.points:
+            if point in there:
+                continue
+            start = max((n for n in there if n <= point and n % what.ns.block_tokens == 0), default=0)
             get = self._core.plan_get(
                 what.ns, what.chain, boundary=point, start=start, deadline=self._core.clock() + STEP_S + 1.0
             )
@@ -111,5 +138,5 @@ class Copier:
                 moved += nbytes
             finally:
                 get.close()
-            start = point
+            there.add(point)
         return moved

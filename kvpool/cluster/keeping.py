@@ -14,9 +14,8 @@ import msgspec
 
 from kvpool.core import PoolCore
 from kvpool.errors import DirectoryError, MissError
-from kvpool.index import ROOT, Nodes, Tree
+from kvpool.index import Nodes, Path, Tree
 from kvpool.keys import KeyChain, Namespace
-from kvpool.security import DEFAULT_TENANT
 from kvtransport.errors import KVError
 
 from .copying import Copier, Copyable, last_segment
@@ -41,7 +40,12 @@ FULL_PART = 0.9
 TRIES = 3
 RETRY_S = 1.0
 
-Work = tuple[Namespace, list[bytes]]
+Work = tuple[Namespace, Path]
+
+
+def _name(ns: Namespace, path: Path) -> bytes:
+    """What names a path in a queue."""
+    return last_segment(ns, path.keys)[0] + (path.keys[-1] if path.tail is None else path.tail[1])
 
 
 class Kept(msgspec.Struct):
@@ -64,7 +68,7 @@ class Keeper:
     """Of the node ``node``; a :class:`kvpool.index.Watcher`. ``clock`` gives seconds; ``bytes_per_s`` None: as fast as it goes.
 
     ``rebalance``: nodes that join get what they are the home of. ``grace_s``: seconds that a lost node gets to come back before
-    what it held is copied. Other tenants' chains stay where they are: a node speaks for its own tenant only.
+    what it held is copied. Every tenant's chains are copied under that tenant; each has as many copies as the policy says.
     """
 
     def __init__(
@@ -100,13 +104,13 @@ class Keeper:
     # -- what makes work -------------------------------------------------------------------------
 
     def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None:
-        if self._policy.base(tree.ns) < 2 or tree.tenant != DEFAULT_TENANT:
+        if self._policy.base(tree.ns) < 2:
             return
         step = tree.ns.block_tokens
         parents, positions = tree.places_of(nodes)
         above = set(parents)
         for node, position in zip(nodes.tolist(), positions, strict=True):
-            if node not in above and position % step == 0 and len(self._fresh) < MAX_QUEUE:
+            if node not in above and position >= step and len(self._fresh) < MAX_QUEUE:
                 self._fresh[tree.ns.id, node] = (tree, tree.key(unit, node))
 
     def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None:
@@ -115,14 +119,14 @@ class Keeper:
     def read(self, ns: Namespace, chain: KeyChain, boundary: int) -> None:
         """Somebody read ``chain`` up to ``boundary`` here: it may deserve another copy."""
         blocks = boundary // ns.block_tokens
-        if not blocks or ns.tenant != DEFAULT_TENANT:
+        if not blocks:
             return
         keys = chain.blocks[:blocks]
         name = last_segment(ns, keys)[0]
         before = self._policy.wanted(ns, self._demand.heat(self._clock(), name), 1)
         # Asked once each time that another copy is earned, not for every hit.
         if self._policy.wanted(ns, self._demand.hit(self._clock(), name), 1) > before and len(self._queue) < MAX_QUEUE:
-            self._queue[name] = (ns, list(keys))
+            self._queue[name] = (ns, Path(list(keys)))
 
     def seen(self, roster: Roster) -> None:
         """The view of the members was asked for again: what came and what went makes work."""
@@ -145,28 +149,24 @@ class Keeper:
         self._scan_at = None
         count = 0
         for ns in self._core.namespaces():
-            if ns.tenant != DEFAULT_TENANT or not (self._rebalance or self._policy.base(ns) > 1):
+            if not (self._rebalance or self._policy.base(ns) > 1):
                 continue
-            for keys in self._core.chains(ns):
+            for path in self._core.chains(ns):
                 count += 1
                 if len(self._queue) < MAX_QUEUE:
-                    self._queue.setdefault(last_segment(ns, keys)[0] + keys[-1], (ns, keys))
+                    self._queue.setdefault(_name(ns, path), (ns, path))
         self.progress.scanned = count
 
     def _take_fresh(self) -> None:
         fresh, self._fresh = self._fresh, {}
         for (_, node), (tree, key) in fresh.items():
-            keys: list[bytes] = []
             try:
                 if tree.key(0, node) != key:
                     continue  # evicted, and its place taken
             except ValueError:
                 continue  # evicted
-            while node != ROOT:
-                keys.append(tree.key(0, node))
-                node = tree.place_of(node)[0]
-            keys.reverse()
-            self._urgent[last_segment(tree.ns, keys)[0] + key] = (tree.ns, keys)
+            path = tree.path_to(node)
+            self._urgent[_name(tree.ns, path)] = (tree.ns, path)
 
     # -- doing it --------------------------------------------------------------------------------
 
@@ -199,7 +199,7 @@ class Keeper:
                 name = next(iter(queue))
                 work[name] = queue.pop(name)
         self.progress.waiting = len(self._urgent) + len(self._queue) + len(work)
-        chains = {name: Copyable(self._core, ns, keys) for name, (ns, keys) in work.items()}
+        chains = {name: Copyable(self._core, ns, path) for name, (ns, path) in work.items()}
         chains = {name: what for name, what in chains.items() if what.points}
         try:
             answers = await directory.look([what.name for what in chains.values()])
@@ -262,10 +262,11 @@ class Keeper:
                 return False
             if len(holders) >= wanted and (not self._rebalance or member.used > FULL_PART * member.capacity):
                 continue
-            if not await copier.has(member, what):
+            held = await copier.held(member, what)
+            if not held.issuperset(what.points):
                 if self.on_copy is not None and steady():
                     self.on_copy(member)
-                nbytes = await copier.copy(member, what, self._pacer, steady)
+                nbytes = await copier.copy(member, what, held, self._pacer, steady)
                 self.progress.moved_bytes += nbytes
                 if not steady():
                     return False  # the copy may have been cut short: its node will be asked

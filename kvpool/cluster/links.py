@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from kvpool.client import PoolClient, connect
 from kvpool.errors import NoNodeError
 from kvpool.keys import Namespace
+from kvpool.security import DEFAULT_TENANT
 from kvtransport.address import parse_address
 from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import AddressError, IncarnationError, KVError
@@ -66,7 +67,9 @@ class NodeLinks:
         client = await self.client(member)
         task = self._opened.get((client, ns.id))
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            work = client.namespace(ns.layout, ns.block_tokens, salt=ns.salt)
+            # Named unless it is what everybody is who says nothing: then one that is not the session's is refused, not looked for.
+            tenant = None if ns.tenant == DEFAULT_TENANT else ns.tenant
+            work = client.namespace(ns.layout, ns.block_tokens, salt=ns.salt, tenant=tenant)
             task = self._opened[client, ns.id] = asyncio.get_running_loop().create_task(work)
         await asyncio.shield(task)
         return client

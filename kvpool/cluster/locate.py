@@ -150,12 +150,10 @@ class Whole:
         return void
 
     def _tails(self, segment: Segment, entry: Any, count: int, numbers: list[int]) -> list[Tail]:
-        if self.chain.opaque:
-            return []
         out = []
         for tail in tails(entry, count):
             position = (segment.first + tail.block + 1) * self.ns.block_tokens + tail.offset
-            if position <= self.chain.tokens and int(short([self.chain.key_at(position)])[0]) == tail.key:
+            if self.chain.names(position) and int(short([self.chain.key_at(position)])[0]) == tail.key:
                 out.append(Tail(position, tuple(tail.units[n] for n in numbers)))
         return out
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from kvpool.core import PoolCore
 from kvpool.errors import MissError, NoNodeError, PoolFullError, PrefixMissingError
+from kvpool.index import Path
 from kvpool.keys import Namespace
-from kvpool.security import DEFAULT_TENANT
 from kvtransport.errors import KVError
 
 from .copying import Copier, Copyable
@@ -48,19 +48,14 @@ class Mover:
     async def run(self, *, deadline: float, bytes_per_s: float | None) -> Progress:
         """Copy everything that is worth it until ``deadline`` (seconds of the clock); what is most used goes first.
 
-        Off-grid checkpoints, states that lead nowhere and blocks without a state behind them are left to be missed, and so is
-        what belongs to tenants that a node cannot speak for.
+        Of all tenants, each under its own. States that lead nowhere, blocks without a state behind them, checkpoints inside a
+        very first block and flat objects are left to be missed.
         """
         progress = self.progress = Progress(running=True)
         pacer = Pacer(bytes_per_s, self._clock())
-        work: list[tuple[Namespace, list[bytes]]] = []
-        for ns in self._core.namespaces():
-            if ns.tenant != DEFAULT_TENANT:
-                progress.note = "what tenants other than the default hold is not moved"
-                continue
-            work += [(ns, keys) for keys in self._core.chains(ns)]
+        work = [(ns, path) for ns in self._core.namespaces() for path in self._core.chains(ns)]
         progress.chains = len(work)
-        for ns, keys in work:
+        for ns, path in work:
             # A view grows steady by being asked for again, in the background.
             while not self._steady() and self._clock() < deadline:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
@@ -69,7 +64,7 @@ class Mover:
                 progress.note = "the deadline came first"
                 break
             try:
-                await self._move(ns, keys, pacer, deadline)
+                await self._move(ns, path, pacer, deadline)
             except KVError as error:
                 progress.failed += 1
                 progress.note = error.message
@@ -77,18 +72,19 @@ class Mover:
         progress.running, progress.finished = False, True
         return progress
 
-    async def _move(self, ns: Namespace, keys: list[bytes], pacer: Pacer, deadline: float) -> None:
-        what = Copyable(self._core, ns, keys)
+    async def _move(self, ns: Namespace, path: Path, pacer: Pacer, deadline: float) -> None:
+        what = Copyable(self._core, ns, path)
         if not what.points:
             return
         error: KVError = NoNodeError("no other node takes new data")
-        for member in self._placement.order(placement_name(keys[0]), self._members())[:TRIES]:
+        for member in self._placement.order(placement_name(what.keys[0]), self._members())[:TRIES]:
             try:
-                if await self._copier.has(member, what):
+                held = await self._copier.held(member, what)
+                if held.issuperset(what.points):
                     self.progress.skipped += 1
                     return
                 self.progress.moved_bytes += await self._copier.copy(
-                    member, what, pacer, lambda: self._clock() < deadline
+                    member, what, held, pacer, lambda: self._clock() < deadline
                 )
             except MissError:
                 return  # evicted here meanwhile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random as _random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from kvpool.admission import CheckpointHints
@@ -28,6 +28,7 @@ from .members import Member, Roster
 from .objects import FlatObjects
 from .peers import PeerDirectory
 from .placement import LocalFirst, Placement, Rendezvous
+from .pulling import DEADLINE_S, Pulled, Puller
 from .reading import Reader
 from .tasks import end, keep_running
 from .writing import Writer
@@ -81,6 +82,7 @@ class ClusterPool:
             answer_s=answer_s,
             now=now,
         )
+        self._puller = Puller(self._lookup, links, self.roster, self._writer.order, now)
         self._objects = FlatObjects(links, self._writer.order)
 
     async def start(self) -> None:
@@ -154,6 +156,7 @@ class ClusterPool:
         checkpoints: Iterable[int] = (),
         request: bytes | None = None,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        priority: int = 0,
     ) -> OutgoingTransfer:
         return await self._writer.put(
             ns,
@@ -163,6 +166,7 @@ class ClusterPool:
             checkpoints=checkpoints,
             request=request,
             deadline_s=deadline_s,
+            priority=priority,
         )
 
     async def get(
@@ -175,9 +179,17 @@ class ClusterPool:
         start: int = 0,
         request: bytes | None = None,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        priority: int = 0,
     ) -> IncomingTransfer:
         return await self._reader.get(
-            ns, chain, boundary=boundary, into=into, start=start, request=request, deadline_s=deadline_s
+            ns,
+            chain,
+            boundary=boundary,
+            into=into,
+            start=start,
+            request=request,
+            deadline_s=deadline_s,
+            priority=priority,
         )
 
     async def lease(self, ns: Namespace, chain: KeyChain, length: int, seconds: float) -> LeaseInfo:
@@ -202,6 +214,40 @@ class ClusterPool:
 
     async def _length(self, ns: Namespace, chain: KeyChain) -> int:
         return (await self.match(ns, chain, chain.tokens)).length
+
+    # -- across clusters -----------------------------------------------------------------------
+
+    async def pull(
+        self,
+        ns: Namespace,
+        chain: KeyChain,
+        *,
+        into: str,
+        sources: Collection[str] | None = None,
+        length: int | None = None,
+        deadline_s: float = DEADLINE_S,
+        bytes_per_s: float | None = None,
+        on_progress: Callable[[Pulled], None] = lambda pulled: None,
+    ) -> Pulled:
+        """Bring the longest prefix of ``chain`` that can be restored, up to ``length`` tokens, from other clusters into cluster ``into``.
+
+        Its nodes read what they lack of it from nodes of the clusters ``sources`` (all others), below live transfers and all together at
+        no more than ``bytes_per_s`` (and what each node's ``copy_gbps`` allows), until ``deadline_s`` seconds have passed. What is
+        short of memory, time or a source ends it early and is told, not raised: what came stays, and the next pull copies only what is
+        missing. ``on_progress`` is called with the same object after every part. Cancelled, the parts under way (at most two) still end.
+
+        Raises ConfigError for a cluster that is not there, NamespaceError, LinkError.
+        """
+        return await self._puller.pull(
+            ns,
+            chain,
+            into=into,
+            sources=sources,
+            length=length,
+            deadline_s=deadline_s,
+            bytes_per_s=bytes_per_s,
+            on_progress=on_progress,
+        )
 
     # -- flat objects --------------------------------------------------------------------------
 

@@ -61,11 +61,12 @@ class Reader:
         start: int = 0,
         request: bytes | None = None,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        priority: int = 0,
     ) -> IncomingTransfer:
         units = self._lookup.units(ns)
         deadline = self._now() + deadline_s
         if chain is None or not units:
-            return await self._get_whole(ns, chain, boundary, into, start, request, deadline)
+            return await self._get_whole(ns, chain, boundary, into, start, request, deadline, priority)
         manifest = Manifest.of_layout(
             ns.layout, boundary, transfer=new_transfer_id(), start=start, block_tokens=ns.block_tokens
         )
@@ -100,6 +101,7 @@ class Reader:
                     into=places,
                     request=of_part(request, part),
                     deadline_s=left,
+                    priority=priority,
                 )
             except LinkError as error:
                 self._links.failed(member, error)
@@ -119,8 +121,8 @@ class Reader:
         routes = Routes(
             self._best,
             self.loads,
-            # Who follows a put waits for its producer: no second node is faster.
-            self.hedges if request is None else None,
+            # Who follows a put waits for its producer: no second node is faster. What is below all others is no hurry.
+            self.hedges if request is None and priority >= 0 else None,
             again,
             self._random,
         )
@@ -147,10 +149,18 @@ class Reader:
         start: int,
         request: bytes | None,
         deadline: float,
+        priority: int,
     ) -> IncomingTransfer:
         async def open_at(client: PoolClient, left: float) -> IncomingTransfer:
             return await client.get(
-                ns, chain, boundary=boundary, start=start, into=into, request=request, deadline_s=left
+                ns,
+                chain,
+                boundary=boundary,
+                start=start,
+                into=into,
+                request=request,
+                deadline_s=left,
+                priority=priority,
             )
 
         nodes: list[Member] = []

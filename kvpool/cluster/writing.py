@@ -50,12 +50,13 @@ class Writer:
         checkpoints: Iterable[int] = (),
         request: bytes | None = None,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        priority: int = 0,
     ) -> OutgoingTransfer:
         units = self._lookup.units(ns)
         points = tuple(sorted({*checkpoints}))
         deadline = self._now() + deadline_s
         if chain is None or not units:
-            return await self._put_whole(ns, chain, boundary, start, points, request, deadline)
+            return await self._put_whole(ns, chain, boundary, start, points, request, deadline, priority)
         manifest = Manifest.of_layout(
             ns.layout,
             boundary,
@@ -69,7 +70,9 @@ class Writer:
         if start:
             owners = await self._owners_of_prefix(ns, chain, start, parts)
         work = [
-            self._open_put(ns, chain, part, owners.get((part.unit.kind, part.segment.index)), request, deadline)
+            self._open_put(
+                ns, chain, part, owners.get((part.unit.kind, part.segment.index)), request, deadline, priority
+            )
             for part in parts
         ]
         results = await asyncio.gather(*work, return_exceptions=True)
@@ -113,6 +116,7 @@ class Writer:
         owners: list[str] | None,
         request: bytes | None,
         deadline: float,
+        priority: int,
     ) -> OutgoingTransfer:
         keys = part.unit.chain(chain.blocks, part.segment, part.stop_block)
 
@@ -125,6 +129,7 @@ class Writer:
                 checkpoints=part.points,
                 request=of_part(request, part),
                 deadline_s=left,
+                priority=priority,
             )
 
         # Both units of a segment go to the same node.
@@ -142,10 +147,18 @@ class Writer:
         points: tuple[int, ...],
         request: bytes | None,
         deadline: float,
+        priority: int,
     ) -> OutgoingTransfer:
         async def open_at(client: PoolClient, left: float) -> OutgoingTransfer:
             return await client.put(
-                ns, chain, boundary=boundary, start=start, checkpoints=points, request=request, deadline_s=left
+                ns,
+                chain,
+                boundary=boundary,
+                start=start,
+                checkpoints=points,
+                request=request,
+                deadline_s=left,
+                priority=priority,
             )
 
         where = self.order(chain_name(chain, request))

@@ -60,11 +60,14 @@ class World:
         return self.nodes[name]
 
     async def pool(self, placement: str = "segments", **options) -> ClusterPool:
-        config = EndpointConfig(keepalive_s=0.2, dead_after_s=1.0, reconnect_s=0.3)
+        config = EndpointConfig(keepalive_s=0.2, dead_after_s=1.0, reconnect_s=0.3, tls=options.get("tls"))
         links = NodeLinks(config, random=random.random, dial_s=1.0)
         directory = self.directory() or PeerDirectory(links, [n.address for n in self.nodes.values()], timeout_s=0.5)
         policy, whole = open_placement(placement, options.get("cluster"), options.get("local"))
-        pool = ClusterPool(directory, links, placement=policy, whole_chains=whole, ttl_s=TTL_S, answer_s=0.5)
+        tenant = options.get("tenant", "default")
+        pool = ClusterPool(
+            directory, links, placement=policy, whole_chains=whole, tenant=tenant, ttl_s=TTL_S, answer_s=0.5
+        )
         await pool.start()
         self.pools.append(pool)
         return pool

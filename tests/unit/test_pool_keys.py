@@ -9,6 +9,9 @@ import pytest
 
 from kvpool.errors import KeyChainError
 from kvpool.keys import MAX_CHAIN_TOKENS, KeyChain, Namespace
+from kvpool.messages import chain_steps, chain_to_wire
+from kvpool.steps import run
+from kvtransport.errors import ProtocolError
 from tests.poolkit import LAYOUTS, STEP
 
 LAYOUT = LAYOUTS["hybrid"]
@@ -150,3 +153,24 @@ def test_bounds(ns):
     for bad in (0, -1, 21):
         with pytest.raises(KeyChainError, match="position"):
             chain.key_at(bad)
+
+
+def test_an_opaque_chain_may_be_given_keys_off_the_grid():
+    ns = Namespace("t", LAYOUTS["hybrid"], 16)
+    real = KeyChain(ns, range(75))
+    chain = KeyChain.of_hashes(ns, real.blocks, 75, {70: real.key_at(70)})
+    assert chain.opaque
+    assert chain.key_at(70) == real.key_at(70)
+    assert (chain.names(64), chain.names(70), chain.names(71), chain.names(80)) == (True, True, False, False)
+    assert (real.names(71), real.names(76), real.names(0)) == (True, False, False)
+    with pytest.raises(KeyChainError):
+        chain.key_at(71)
+    for tails in ({64: b"k"}, {76: b"k"}, {70: b""}, {70: b"k" * 65}, {-1: b"k"}):
+        with pytest.raises(KeyChainError, match="off the grid"):
+            KeyChain.of_hashes(ns, real.blocks, 75, tails)
+    (again,) = [run(chain_steps(ns, chain_to_wire(chain), stores=True))]
+    assert again is not None
+    assert (again.blocks, again.tails, again.tokens) == (chain.blocks, chain.tails, 75)
+    for tails in ([70], [[70]], [["70", b"k"]], [[70, "k"]], {70: b"k"}):
+        with pytest.raises(ProtocolError):
+            run(chain_steps(ns, {**chain_to_wire(chain), "tails": tails}))

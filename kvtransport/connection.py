@@ -16,6 +16,7 @@ from typing import Protocol
 from .buffers import Hasher, PageList
 from .errors import Fault, KVError, LimitError, PeerLostError, ProtocolError
 from .io.base import BrokenStreamError, ByteStream
+from .last_words import LastWords, Piece
 from .wire import bodies
 from .wire.frames import (
     DEFAULT_LIMITS,
@@ -125,7 +126,8 @@ class AnyConnection(Protocol):
         """Tell the peer what is wrong with what it sent, then close."""
 
     def leave(self, last: bytes, error: KVError) -> asyncio.Future[None] | None:
-        """Close with the control frame ``last`` as the last word, where no data frame is half sent.
+        """Close with the control frame ``last`` as the last word. A data frame that is half sent goes on before it, as zeros, for at
+        most a second; where it has no checksum that would void it, the stream ends there.
 
         Returns what is done when nothing of the connection is left; None when it is closed already.
         """
@@ -397,16 +399,21 @@ class Connection:
             self._close(error, self.stream.finish)
 
     def leave(self, last: bytes, error: KVError) -> asyncio.Future[None] | None:
-        """Close with the control frame ``last`` as the last word, where no data frame is half sent.
-
-        Returns what is done when nothing of the connection is left; None when it is closed already.
-        """
         self.send_control(last)
         self.flush()
         if self.closed:
             return None
         left: list[asyncio.Future[None]] = []
-        self._close(error, lambda: left.append(self.stream.finish()))
+        pieces: list[Piece] = []
+        if self._out and (self._frame is None or self._frame.checksummed):
+            # Half sent: it goes on as zeros, since its source is given back now.
+            pieces.append((self._out, None if self._frame is None else PageList.zeros(self._frame.pages.nbytes)))
+            pieces += [(frame, None) for frame in self._control]
+
+        def close() -> None:
+            left.append(LastWords(self.stream, pieces, self._out_at).gone if pieces else self.stream.finish())
+
+        self._close(error, close)
         return left[0]
 
     def fail(self, error: KVError, *, abort: bool = False) -> None:

@@ -143,6 +143,11 @@ class Advertised:
         self._told.set_result(None)
         return {}
 
+    @property
+    def known(self) -> bool:
+        """Whether the peer has said something."""
+        return self._told.done()
+
     async def reachable(self, timeout_s: float) -> bool:
         """See :meth:`kvtransport.link.Link.reachable`."""
         if not self.address:

@@ -19,7 +19,8 @@ from ..connection import MAX_CONTROL_BYTES, AnyConnection, Owner
 from ..errors import Fault, KVError, LimitError, PeerLostError, ProtocolError
 from ..flow.telemetry import PathInfo
 from ..io import tcp_info
-from ..io.tcp import LAST_WORD_S, SO_MAX_PACING_RATE, TCP_INFO, TcpStream, pacing_option, set_congestion
+from ..io.base import LAST_WORD_S
+from ..io.tcp import SO_MAX_PACING_RATE, TCP_INFO, TcpStream, pacing_option, set_congestion
 from ..io.tls import TlsStream, alert_error, native_records
 from ..wire import bodies
 from ..wire.frames import HEADER_BYTES, MAGIC, FrameType, Header, Limits, encode_control, unpack_header

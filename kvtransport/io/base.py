@@ -15,6 +15,9 @@ from ..buffers import PageList
 from ..errors import KVError
 from ..flow.telemetry import PathInfo
 
+LAST_WORD_S = 1.0
+"""How long a connection that is closed on purpose is kept so that the reason arrives."""
+
 
 class BrokenStreamError(OSError):
     """A stream that is broken for a reason of its own; ``cause`` says it as the package's users see it."""

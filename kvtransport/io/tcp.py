@@ -24,14 +24,12 @@ from ..flow.gate import Pacer
 from ..flow.telemetry import PathInfo
 from ..flow.tuning import LONG_PATH, congestion_for
 from . import tcp_info
-from .base import TlsSession
+from .base import LAST_WORD_S, TlsSession
 
 TCP_INFO = getattr(socket, "TCP_INFO", 11)
 SO_MAX_PACING_RATE = 47
 _SIOCOUTQ = 0x5411
 log = logging.getLogger("kvtransport")
-LAST_WORD_S = 1.0
-"""How long a connection that was refused is kept so that the reason arrives."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from ..flow.gate import Gate, Pacer
 from ..flow.telemetry import PathInfo
 from ..reloading import Reloading
 from ..tls import Credentials, implementation
-from .base import BrokenStreamError, TlsSession
-from .tcp import LAST_WORD_S, TcpListener, TcpNetwork, TcpStream, address_of
+from .base import LAST_WORD_S, BrokenStreamError, TlsSession
+from .tcp import TcpListener, TcpNetwork, TcpStream, address_of
 
 CLIENT_ALERTS = (42, 43, 44, 45, 46, 48, 49, 116)
 """What a peer says of our certificate."""

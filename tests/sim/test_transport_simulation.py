@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,16 +38,23 @@ def test_schedules_that_failed_once(seed):
 
 def test_the_schedules_say_something():
     """Every profile and every fault occurs, transfers of each kind end well or badly."""
-    profiles, faults, ends = set(), set(), set()
+    profiles, faults, ends, words, coded = set(), set(), set(), set(), Counter()
     for seed in range(150):
         world = run_seed(seed)
         profiles.add(world.plan.profile)
         faults.update(world.injected)
         ends.update(said if isinstance(said, str) else said.code for job in world.jobs for said in (job.sent, job.got))
         assert world.loop.events > 100
+        words.update(world.addresses)
+        for stats in (job.receiver.stats for job in world.jobs if world.plan.codec and job.receiver is not None):
+            coded += Counter(bytes=stats.coded_raw_bytes, resent=stats.corrupt_chunks, twice=stats.duplicate_bytes)
     assert profiles == set(PROFILES)
     assert faults == {action for actions in ACTIONS.values() for action in actions} == set(ACTIONS_BY_NAME)
     assert {"sealed", "cancelled", "deadline", "refused", "peer_lost", "incarnation"} <= ends
+    assert words == {"reached", "unreached", "not said"}
+    assert coded["bytes"] > 100_000
+    assert coded["resent"]
+    assert coded["twice"]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)

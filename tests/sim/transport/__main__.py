@@ -29,6 +29,9 @@ class Tally:
     profiles: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
+    addresses: Counter[str] = field(default_factory=Counter)
+    coded: Counter[str] = field(default_factory=Counter)
+    """Chunks that came coded, of their bytes as they came out; corrupt ones and copies of seeds with a codec."""
 
     def add(self, world: World) -> None:
         self.events += world.loop.events
@@ -37,7 +40,15 @@ class Tally:
         self.calls.update(world.calls)
         self.profiles[world.plan.profile] += 1
         self.faults.update(world.injected)
+        self.addresses.update(world.addresses)
         for job in world.jobs:
+            if world.plan.codec and job.receiver is not None:
+                stats = job.receiver.stats
+                self.coded["chunks"] += stats.chunks
+                self.coded["bytes coded"] += stats.coded_raw_bytes
+                self.coded["bytes"] += stats.moved_bytes
+                self.coded["corrupt chunks"] += stats.corrupt_chunks
+                self.coded["duplicate bytes"] += stats.duplicate_bytes
             for said in (job.sent, job.got):
                 self.outcomes[said if isinstance(said, str) else type(said).__name__] += 1
 
@@ -102,7 +113,7 @@ def _many(first: int, last: int, mutation: str | None, out: Path | None) -> int:
         f"{tally.seeds} seeds, {tally.transfers} transfers, {tally.events} events, {tally.simulated_s:.0f} simulated s "
         f"in {tally.wall_s:.0f} s: {len(tally.failed)} failed{' ' + str(tally.failed[:20]) if tally.failed else ''}"
     )
-    for name in ("faults", "outcomes", "calls"):
+    for name in ("faults", "outcomes", "calls", "addresses", "coded"):
         print(f"{name}: " + ", ".join(f"{n} {key}" for key, n in getattr(tally, name).most_common()))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

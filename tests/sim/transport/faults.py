@@ -165,6 +165,7 @@ async def _restart(world: World) -> None:
         await new.endpoint.listen("a", 7000)
     else:
         world.dialler = new
+        await world.listen_too(new)
 
 
 ACTIONS_BY_NAME = {

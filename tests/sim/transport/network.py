@@ -296,6 +296,8 @@ class SimNetwork:
         self.streams: list[tuple[SimStream, SimStream]] = []
         self.unreachable = False
         """Dialling ends in a black hole."""
+        self.holes: set[tuple[str, int]] = set()
+        """Addresses where it always does."""
         self.timers: set[asyncio.TimerHandle] = set()
         self.log: Callable[[str], None] = lambda text: None
         self.on_source_read: Callable[[SimStream, PageList], None] = lambda stream, pages: None
@@ -338,7 +340,7 @@ class View:
         network = self._network
         await asyncio.sleep(network.path.latency_s * 2)
         found = network.listeners.get((host, port))
-        if network.unreachable:
+        if network.unreachable or (host, port) in network.holes:
             await asyncio.sleep(network.path.connect_fails_s)
             raise ConnectError(f"no answer from {host}:{port}")
         if found is None:
@@ -349,7 +351,7 @@ class View:
         mine = SimStream(network, f"{self._process}>{process}#{self._count}", self._process, one, two)
         theirs = SimStream(network, f"{process}<{self._process}#{self._count}", process, two, one)
         mine.other, theirs.other = theirs, mine
-        mine.peer, theirs.peer = f"{host}:{port}", f"{self._process}"
+        mine.peer, theirs.peer = f"{host}:{port}", getattr(self._process, "address", f"{self._process}")
         network.streams.append((mine, theirs))
         accept(theirs)
         return mine

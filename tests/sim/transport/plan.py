@@ -33,6 +33,8 @@ ACTIONS = {
         "unreachable",
     ),
 }
+CODECS = ("lz4", "zstd")
+WORDS = ("right", "nobody", "hole")
 MUST_SEAL = frozenset({"calm", "losses", "takeover", "corrupt", "all lost"})
 """Profiles whose faults a transfer has to survive."""
 
@@ -69,6 +71,10 @@ class Plan:
     spill_fails: bool
     executor_s: float
     calls: int
+    codec: str
+    """What every chunk that shrinks by it is coded with; "": nothing is coded."""
+    advertise: str
+    """The dialling side's word of where it is reached: "right", "nobody" listens there, "hole"; "": it says none."""
 
     @property
     def must_seal(self) -> bool:
@@ -102,6 +108,9 @@ def make_plan(seed: int, rng: random.Random) -> Plan:
         spill_fails=not must_seal and rng.random() < 0.2,
         executor_s=rng.choice((0.0, 0.001, 0.03)),
         calls=rng.choice((0, 0, 2, 5)),
+        # By the number and not by the generator: all else is as it is without them.
+        codec=CODECS[seed // 4 % 2] if seed % 4 == 3 else "",
+        advertise=WORDS[seed // 8 % 3] if seed % 8 in (0, 7) else "",
     )
 
 

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import itertools
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ from .network import SimNetwork, SimStream
 from .plan import JobPlan, Plan, make_plan
 
 POISON = 0xEE
+ADVERTISED = {"right": "d:7001", "nobody": "d:7002", "hole": "d:7003"}
 RECONNECT_S = 6.0
 CALL_S = 3.0
 SLACK_S = 1.0
@@ -51,6 +53,11 @@ class Process:
     endpoint: Endpoint
     dead: bool = False
     links: list[Link] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        """Where its connections come from, for whoever accepts them."""
+        return f"{self.name.lower()}:1"
 
     def __str__(self) -> str:
         return self.name
@@ -108,6 +115,8 @@ class World:
         self.injected: list[str] = []
         """The faults that were put in, in order."""
         self.calls = {"answered": 0, "failed": 0}
+        self.addresses = Counter[str]()
+        """What was said of the address that is advertised, link by link."""
         self._sources: dict[int, tuple[Job, tuple[int, int]]] = {}
         self._targets: dict[int, tuple[Job, tuple[int, int]]] = {}
 
@@ -172,10 +181,15 @@ class World:
 
     def _submit(self, run: Any, args: tuple[Any, ...]) -> None:
         def execute() -> None:
-            found = self._sources.get(id(args[2])) if len(args) == 4 else None
-            if found is not None:
-                for offset, n in args[3].tolist():
-                    self._check_source(*found, offset, offset + n, "copied aside")
+            read = None
+            if len(args) == 4:
+                read, how = (args[2], args[3]), "copied aside"
+            elif args and isinstance(args[0], PageList):
+                read, how = (args[0].base, args[0].pieces), "coded"
+            found = None if read is None else self._sources.get(id(read[0]))
+            if read is not None and found is not None:
+                for offset, n in read[1].tolist():
+                    self._check_source(*found, offset, offset + n, how)
             run()
 
         self.loop.call_later(self.rng.random() * self.plan.executor_s, execute)
@@ -205,6 +219,9 @@ class World:
             dead_after_s=2.0,
             handshake_timeout_s=1.0,
             reconnect_s=RECONNECT_S,
+            coding="always" if plan.codec else "auto",
+            codecs=(plan.codec,) if plan.codec else (),
+            advertise=ADVERTISED[plan.advertise] if plan.advertise and name == "D" else "",
             spill=SpillPolicy(
                 budget_bytes=plan.spill_pages * PAGE_BYTES,
                 when_full=WhenFull.FAIL if plan.spill_fails else WhenFull.WAIT,
@@ -212,7 +229,9 @@ class World:
         )
         process = Process(name, None)  # type: ignore[arg-type]
         process.endpoint = Endpoint(config, network=self.network.of(process), entropy=self.rng.randbytes)
-        process.endpoint.on_link = process.links.append
+        if name == "A":  # to the other one come only those that try its address
+            process.endpoint.on_link = process.links.append
+        process.endpoint.on_unreachable = lambda link, error: self.log(f"{name} is told: {error}")
         process.endpoint.handlers["echo"] = self._echo
         self.processes.append(process)
         return process
@@ -225,6 +244,7 @@ class World:
         self.acceptor = self.start_process("A")
         self.dialler = self.start_process("D")
         await self.acceptor.endpoint.listen("a", 7000)
+        await self.listen_too(self.dialler)
         early = not self.plan.must_seal and self.rng.random() < 0.2
         faults = self.loop.create_task(inject(self)) if early else None
         link = await self.connect(self.dialler)
@@ -243,8 +263,35 @@ class World:
             if task.exception() is not None:
                 self.violate(f"the scenario failed: {task.exception()!r}")
         self._judge_jobs()
+        await self._judge_address(link)
         await self._as_good_as_new()
         await self._end()
+
+    async def listen_too(self, process: Process) -> None:
+        """Where the address that is advertised says, or somewhere else."""
+        if self.plan.advertise:
+            self.network.holes = {("d", 7003)}
+            await process.endpoint.listen("d", 7001)
+
+    async def _judge_address(self, first: Link | None) -> None:
+        """Never a false word: what is not there is never reached, what is there always unless a fault came between."""
+        word = self.plan.advertise
+        if not word:
+            return
+        if first is not None and not self.plan.faults:
+            try:
+                if not await first.reachable(5.0):
+                    self.violate(f"nothing was said of an address ({word})")
+            except KVError as error:
+                self.log(f"address: {error}")
+        for process in self.processes:
+            for link in process.links:
+                error = link.advertised.error
+                self.addresses["unreached" if error is not None else "reached" if link.advertised.known else "not said"] += 1
+                if error is not None and (ADVERTISED[word] not in str(error) or (word == "right" and not self.plan.faults)):
+                    self.violate(f"an address ({word}) is said not to be reached: {error}")
+                if error is None and link.advertised.known and word != "right":
+                    self.violate(f"an address ({word}) is said to be reached")
 
     async def connect(self, process: Process) -> Link | None:
         try:
@@ -255,9 +302,17 @@ class World:
         process.links.append(link)
         return link
 
+    def _content(self, nbytes: int) -> bytes:
+        """What nobody can guess; with a codec, as caches have it: the upper byte of most elements is alike."""
+        data = bytearray(self.rng.randbytes(nbytes))
+        if self.plan.codec:
+            for at in range(1, nbytes, 2):
+                data[at] = 0x3F if data[at] < 224 else 0x3E
+        return bytes(data)
+
     def make_job(self, number: int, plan: JobPlan) -> Job:
         manifest = Manifest.of_objects(plan.sizes, transfer=self.rng.randbytes(16))
-        truth = {slot: self.rng.randbytes(e.nbytes) for slot, e in manifest.by_slot.items()}
+        truth = {slot: self._content(e.nbytes) for slot, e in manifest.by_slot.items()}
         source = {slot: PageList.of(np.frombuffer(bytearray(b), np.uint8)) for slot, b in truth.items()}
         target = {slot: PageList.of(np.zeros(len(b), np.uint8)) for slot, b in truth.items()}
         producer, consumer = (self.dialler, self.acceptor) if plan.from_dialler else (self.acceptor, self.dialler)
@@ -493,6 +548,9 @@ class World:
             "handshakes": endpoint._handshakes,
             "expected": endpoint._expected,
             "waiting": endpoint._waiting,
+            "probes": endpoint._probes._running,
+            "verdicts": endpoint._probes._telling,
+            "decoding": [j.number for j in self.jobs if j.receiver is not None and j.receiver._decoding],
             "spilled": endpoint.spill_area.used_bytes,
         }
         for link in process.links:

@@ -14,6 +14,7 @@ Nothing is read, changed and written back: every field has one writer, so no scr
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit, urlunsplit
@@ -33,13 +34,27 @@ SCHEMES = {
     "redis": "redis",
     "rediss": "rediss",
     "valkey+sentinel": "sentinel",
+    "valkeys+sentinel": "sentinels",
     "valkey+cluster": "cluster",
     "valkeys+cluster": "clusters",
 }
 URL_HELP = (
-    "write valkey://HOST:PORT/DB?name=POOL (valkeys:// for TLS, user:password@ for ACLs), "
-    "valkey+sentinel://HOST:PORT,HOST:PORT/SERVICE or valkey+cluster://HOST:PORT"
+    "write valkey://HOST:PORT/DB?name=POOL (valkeys:// for TLS, with &ssl_ca_certs=PATH of the authority's PEM file where the "
+    "system does not know it; user:password@ for ACLs), valkey+sentinel://HOST:PORT,HOST:PORT/SERVICE or valkey+cluster://HOST:PORT"
 )
+READS = ("get", "mget", "smembers", "hgetall")
+"""Commands that a client sends; on the keys that :func:`rights` names."""
+WRITES = ("set", "del", "sadd", "srem", "hset", "hdel", "pexpire")
+"""Commands that a node sends as well."""
+SSL_OPTIONS = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
+
+
+def rights(name: str, *, writes: bool) -> str:
+    """The rules of ``ACL SETUSER USER on >PASSWORD ...`` for a node (``writes``) or a client of the pool ``name``, and no more."""
+    commands = (*READS, *(WRITES if writes else ()))
+    return f"resetkeys {'~' if writes else '%R~'}kvp:{{{name}}}:* {'~' if writes else '%R~'}kvp:{name}:* " + " ".join(
+        f"+{c}" for c in commands
+    )
 
 
 class ValkeyDirectory:
@@ -51,6 +66,7 @@ class ValkeyDirectory:
         prefix = f"kvp:{{{name}}}:".encode()
         self._epoch_key, self._nodes_key, self._node_key = prefix + b"epoch", prefix + b"nodes", prefix + b"node:"
         self._segment_key = f"kvp:{name}:".encode()
+        self._name = name
 
     async def beat(self, member: Member, ttl_s: float) -> bytes:
         pipe = self._client.pipeline(transaction=False)
@@ -120,15 +136,44 @@ class ValkeyDirectory:
 
     async def close(self) -> None:
         await self._client.aclose()
+        manager = getattr(getattr(self._client, "connection_pool", None), "sentinel_manager", None)
+        for sentinel in () if manager is None else manager.sentinels:
+            await sentinel.aclose()
 
-    @staticmethod
-    async def _ask(work: Awaitable[T]) -> T:
+    async def _ask(self, work: Awaitable[T]) -> T:
         from redis.exceptions import RedisError
 
         try:
             return await work
         except (RedisError, OSError, TimeoutError) as error:
-            raise DirectoryError(f"the directory cannot be asked: {type(error).__name__} {error}") from error
+            raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> DirectoryError:
+        """What to do about it, where somebody must do something; what passes by itself is retryable."""
+        from redis.exceptions import AuthenticationError, NoPermissionError
+
+        text = str(error)
+        if isinstance(error, NoPermissionError) or "NOPERM" in text:
+            found = re.search(r"'([a-z|]+)' command", text)
+            lacks = f"the right to '{found[1]}'" if found else "the right to these keys"
+            return DirectoryError(
+                f"the directory's user lacks {lacks}: a node needs ACL SETUSER USER on >PASSWORD "
+                f"{rights(self._name, writes=True)}; for a client that does not join, {rights(self._name, writes=False)}",
+                retryable=False,
+            )
+        if isinstance(error, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
+            return DirectoryError(
+                f"the directory does not take this user and password ({text}): write user:password@ (or :password@) before "
+                "its host, or have the user made with ACL SETUSER",
+                retryable=False,
+            )
+        if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
+            return DirectoryError(
+                f"the directory's certificate is not one that is trusted here ({text}): say ssl_ca_certs=PATH of its authority's "
+                "PEM file in the URL's query, and dial it by a name in the certificate",
+                retryable=False,
+            )
+        return DirectoryError(f"the directory cannot be asked: {type(error).__name__} {error}")
 
 
 def open_directory(
@@ -157,7 +202,11 @@ def open_directory(
         "retry": Retry(NoBackoff(), 0),
     }
     try:
-        if scheme == "sentinel":
+        if scheme.startswith("sentinel"):
+            if scheme == "sentinels":  # the sentinels and the servers they name
+                options |= {"ssl": True, **{k: query.pop(k)[-1] for k in SSL_OPTIONS if k in query}}
+            if query:
+                raise ValueError(f"{', '.join(query)}: not known with Sentinel")
             return ValkeyDirectory(_sentinel(redis, parts.netloc, parts.path, options), name=name, entropy=entropy)
         if scheme.startswith("cluster"):
             plain = urlunsplit(("rediss" if scheme == "clusters" else "redis", parts.netloc, parts.path, rest, ""))

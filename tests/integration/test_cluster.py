@@ -61,7 +61,8 @@ class World:
 
     async def pool(self, placement: str = "segments", **options) -> ClusterPool:
         config = EndpointConfig(keepalive_s=0.2, dead_after_s=1.0, reconnect_s=0.3, tls=options.get("tls"))
-        links = NodeLinks(config, random=random.random, dial_s=1.0)
+        # A handshake of TLS takes a busy machine a while.
+        links = NodeLinks(config, random=random.random, dial_s=5.0 if config.tls else 1.0)
         directory = self.directory() or PeerDirectory(links, [n.address for n in self.nodes.values()], timeout_s=0.5)
         policy, whole = open_placement(placement, options.get("cluster"), options.get("local"))
         tenant = options.get("tenant", "default")

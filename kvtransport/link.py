@@ -580,4 +580,10 @@ class Link:
         for task in self._serving:
             task.cancel()
         self._endpoint.forget_link(self)
+        # What refers to the link would keep it, and its last words of thousands of transfers, until a garbage collector comes by.
+        self._finished.clear()
+        self._verbs = {}
+        self._coding = None
+        self.tuner.let_go()
+        self._reconnect.let_go()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .errors import (
     ConfigError,
@@ -34,6 +34,18 @@ SETTLED_S = 1.0
 def resumable(error: KVError) -> bool:
     """Whether another connection may do better: not when a side broke the protocol, it would do so again."""
     return (error.fault is Fault.NETWORK or error.retryable) and not isinstance(error, IncarnationError)
+
+
+class _Ended:
+    """In the place of a link that has ended."""
+
+    connections = ()
+    closed = True
+    reconnecting = False
+    most_connections = wanted = 0
+
+
+ENDED = _Ended()
 
 
 class Reconnect:
@@ -86,6 +98,12 @@ class Reconnect:
             self._timer = None
         if self.task is not None and self.task is not asyncio.current_task():
             self.task.cancel()
+
+    def let_go(self) -> None:
+        """The link has ended, and this is closed: refer to it no more, unless it is being dialled still."""
+        if self.task is None:
+            self._link = cast("Link", ENDED)
+            self._dial = None
 
     # -- inside --------------------------------------------------------------------------------
 

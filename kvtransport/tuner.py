@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .connection import AnyConnection
 from .errors import Fault, KVError, LimitError, PeerLostError
 from .flow.addresses import Addresses
 from .flow.tuning import MOST, Choice, Readings, Tuning
 from .io.base import is_tunable
+from .reconnect import ENDED
 from .wire.frames import Flag, FrameType, encode_control
 
 if TYPE_CHECKING:
@@ -105,6 +106,12 @@ class Tuner:
         for task in self.tasks:
             if task is not asyncio.current_task():
                 task.cancel()
+
+    def let_go(self) -> None:
+        """The link has ended, and this is closed: refer to it no more, unless something is still under way."""
+        if not self.tasks:
+            self._link = cast("Link", ENDED)
+            self._dial = None
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:

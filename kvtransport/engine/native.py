@@ -179,6 +179,22 @@ class EngineStream:
     on_writable = on_readable
 
 
+class _Nobody:
+    """The owner of a connection that is gone."""
+
+    def control(self, connection: AnyConnection, header: Header, payload: bytes) -> None:
+        pass
+
+    def stray(self, connection: AnyConnection, header: Header) -> None:
+        pass
+
+    def lost(self, connection: AnyConnection, error: KVError) -> None:
+        pass
+
+
+_GONE = _Nobody()
+
+
 class EngineConnection:
     """See :class:`kvtransport.connection.AnyConnection`."""
 
@@ -186,7 +202,7 @@ class EngineConnection:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._limits = limits
-        self.owner = owner
+        self.owner: Owner = owner
         self.index = 0
         self.closed = False
         self.established = False
@@ -270,7 +286,8 @@ class EngineConnection:
 
     def _report(self, error: KVError) -> None:
         self.closed = True
-        self.owner.lost(self, error)
+        owner, self.owner = self.owner, _GONE
+        owner.lost(self, error)
 
     # -- the socket ----------------------------------------------------------------------------
 

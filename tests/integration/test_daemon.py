@@ -147,6 +147,10 @@ async def test_what_is_over_leaves_no_cycles(served, hybrid):
         for size in (100, 300_000):
             await client.put_objects({b"a": bytes(size), b"b": b"x"})
             assert [len(o) for o in await client.get_objects([b"a", b"b", b"c"]) if o is not None] == [size, 1]
+        async with await connect(*served.address, connections=2) as other:
+            await other.exists([b"a"])
+        while len(served.endpoint.links) > 1:
+            await asyncio.sleep(0.001)
 
     await everything(1)
     gc.collect()
@@ -163,7 +167,7 @@ async def test_what_is_over_leaves_no_cycles(served, hybrid):
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
-    ours = ("Sender", "Receiver", "Put", "Get", "FlatPut", "FlatGet", "KeyChain", "Manifest", "PageList", "MissError")
+    ours = ("Link", "Session", "Sender", "Receiver", "Put", "Get", "FlatPut", "FlatGet", "KeyChain", "Manifest", "PageList", "MissError")
     assert not {name: kinds[name] for name in ours if kinds[name]}, kinds
 
 

@@ -106,6 +106,7 @@ class PageArena:
             )
         self.arena = arena
         self._view = view
+        self._whole = PageList.of(view)
         self.page_bytes = page_bytes
         self.total_pages = count
         self.generation_arena = (
@@ -202,9 +203,14 @@ class PageArena:
         if not any(s.page_count for s in slabs):
             return
         pages = np.concatenate([s.pages.reshape(-1) for s in slabs])
-        owners = np.concatenate(
-            [np.repeat(s.generation, s.page_count // np.size(s.generation)) for s in slabs if s.page_count]
-        )
+        single = [s for s in slabs if isinstance(s, Slab)]
+        counts = np.fromiter((len(s.pages) for s in single), np.int64, len(single))
+        owners = np.repeat(np.fromiter((s.generation for s in single), np.int64, len(single)), counts)
+        if len(single) < len(slabs):
+            parts = iter(np.split(owners, counts.cumsum()[:-1]) if single else ())
+            owners = np.concatenate(
+                [next(parts) if isinstance(s, Slab) else np.repeat(s.generation, s.pages.shape[1]) for s in slabs]
+            )
         # Descending, so that the next allocation finds neighbours in ascending order.
         order = np.sort(pages)[::-1]
         if not (self.page_generation[pages] == owners).all() or (order[1:] == order[:-1]).any():
@@ -213,7 +219,7 @@ class PageArena:
         self._free[self._top : self._top + len(pages)] = order
         self._top += len(pages)
         for slab in slabs:
-            self._pages_of_class[slab.kind] -= slab.page_count
+            self._pages_of_class[slab.kind] -= slab.pages.size
 
     # -- reading and writing -----------------------------------------------------------------------
 
@@ -224,6 +230,9 @@ class PageArena:
             raise SlabError(f"bytes {start}..{stop} are not inside a slab of {slab.nbytes} bytes")
         if not self.is_live(slab):
             raise SlabError("a slab was used after it was freed")
+        if len(slab.pages) == 1:
+            at = int(slab.pages[0]) * self.page_bytes
+            return self._whole.slice(at + start, at + stop)
         return self.page_list([self.pieces(slab.pages[None, :], start, stop - start)])
 
     def pages_of_blocks(self, slabs: Sequence[Slab] | Slabs | Pages, offset: int, nbytes_each: int) -> PageList:
@@ -238,6 +247,8 @@ class PageArena:
         """All bytes of all slabs, one after another; raises SlabError when one was freed."""
         if not slabs:
             return self.page_list([NO_PIECES])
+        if len(slabs) == 1:
+            return self.pages(slabs[0])
         counts = np.fromiter((len(s.pages) for s in slabs), np.int64, len(slabs))
         pages = np.concatenate([s.pages for s in slabs])
         owners = np.repeat(np.fromiter((s.generation for s in slabs), np.int64, len(slabs)), counts)
@@ -288,6 +299,7 @@ class PageArena:
     def close(self) -> None:
         """Give the memory back; it stays mapped while page lists over it live."""
         self._view = memoryview(b"")
+        self._whole = PageList.of(b"")
         self.arena.close()
         if self.generation_arena is not None:
             self.page_generation = np.zeros(0, dtype=np.int64)

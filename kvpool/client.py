@@ -35,7 +35,7 @@ from .messages import (
     match_from_wire,
     numbers_from_wire,
 )
-from .objects import Landing, are_right, checksums_of, pages_of, sizes_of, units
+from .objects import Landing, Sizes, are_right, checksums_of, joined, pages_of, sizes_of, units
 from .protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
 from .security import DEFAULT_TENANT
 
@@ -226,24 +226,24 @@ class PoolClient:
     async def put_objects(self, objects: Mapping[bytes, Any]) -> None:
         sources = [pages_of(buffer) for buffer in objects.values()]
         sizes = sizes_of(sources)
-        total = int(sizes.sum())
+        whole, total = joined(sources), int(sizes.sum())
         args: dict[str, Any] = {
             **keys_to_wire(list(objects)),
             "sizes": sizes.tobytes(),
             "deadline_s": DEFAULT_DEADLINE_S,
         }
         if total <= HASH_FIRST_BYTES:
-            args["checksums"] = (await checksums_of(sources)).tobytes()
+            args["checksums"] = (await checksums_of(sources, sizes, whole)).tobytes()
         if total <= INLINE_BYTES:
             await self.link.call("put_objects", {**args, "data": b"".join(pages.tobytes() for pages in sources)})
             return
         reply = await self.link.call("put_objects", args)
         sender = self.link.open(Manifest.of_objects([total], transfer=reply["transfer"]), deadline_s=DEFAULT_DEADLINE_S)
         try:
-            for start, pages in units(sources):
+            for start, pages in units(sources, whole):
                 sender.hand_over(0, 0, start, pages)
             if "checksums" not in args:  # they follow while the objects are on their way
-                sums = (await checksums_of(sources)).tobytes()
+                sums = (await checksums_of(sources, sizes, whole)).tobytes()
                 await self.link.call("checksums", {"transfer": reply["transfer"], "checksums": sums})
             await sender.seal()
         except BaseException:
@@ -251,17 +251,22 @@ class PoolClient:
             raise
 
     async def get_objects(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        found = await self._get_objects(keys, Landing(None))
-        return [None if pages is None else pages.tobytes() for pages in found]
+        landing = Landing(None)
+        sizes = await self._get_objects(keys, landing)
+        objects = zip(landing.objects(), sizes.tolist(), strict=True)
+        return [None if pages is None or size < 0 else pages.tobytes() for pages, size in objects]
 
     async def get_objects_into(self, keys: Sequence[bytes], into: Sequence[Any]) -> list[int | None]:
         places = [pages_of(buffer) for buffer in into]
         if len(places) != len(keys):
             raise KVBufferError(f"{len(keys)} objects were asked for, there is memory for {len(places)}")
-        found = await self._get_objects(keys, Landing(places))
-        return [None if pages is None else pages.nbytes for pages in found]
+        landing = Landing(places)
+        sizes = await self._get_objects(keys, landing)
+        landing.deliver()
+        return [None if size < 0 else size for size in sizes.tolist()]
 
-    async def _get_objects(self, keys: Sequence[bytes], landing: Landing) -> list[PageList | None]:
+    async def _get_objects(self, keys: Sequence[bytes], landing: Landing) -> Sizes:
+        """Have them in ``landing``; bytes of each, -1 where there is none."""
         if self._local is not None:
             return await self._read_objects(self._local, keys, landing)
         transfer = new_transfer_id()
@@ -282,8 +287,8 @@ class PoolClient:
             whole.copy_from(PageList.of(reply["data"]))
         else:
             await self._receive_objects(transfer, whole)
-        wrong = np.flatnonzero(found)[~await are_right(whole, sizes, checksums)]
-        return await self._keep_right(keys, landing.objects(), wrong)
+        await self._drop_wrong(keys, places, np.flatnonzero(found)[~await are_right(whole, sizes, checksums)])
+        return places
 
     async def _receive_objects(self, transfer: bytes, whole: PageList) -> None:
         """Objects one after another as one extent into ``whole``."""
@@ -300,7 +305,7 @@ class PoolClient:
         finally:
             await receiver.cancel("done")
 
-    async def _read_objects(self, local: LocalMemory, keys: Sequence[bytes], landing: Landing) -> list[PageList | None]:
+    async def _read_objects(self, local: LocalMemory, keys: Sequence[bytes], landing: Landing) -> Sizes:
         """Objects out of the pool's own memory."""
         reply = await self.link.call("locate_objects", keys_to_wire(keys))
         (place,) = unpack_places(reply["places"])
@@ -315,21 +320,15 @@ class PoolClient:
         sums = numbers_from_wire(reply, "checksums", int(there.sum())).view(np.uint64)
         wrong = np.zeros(len(keys), np.bool_)
         wrong[there] = ~await are_right(whole, sizes[there], sums)
-        found = landing.objects()
-        for i in np.flatnonzero(lost).tolist():
-            found[i] = None
-        return await self._keep_right(keys, found, np.flatnonzero(wrong & ~lost))
-
-    async def _keep_right(
-        self, keys: Sequence[bytes], found: list[PageList | None], wrong: NDArray[np.intp]
-    ) -> list[PageList | None]:
-        """``found`` without those that no longer have the checksum taken at their put: bytes may also change while they rest."""
-        corrupt = [keys[i] for i in wrong.tolist()]
-        for i in wrong.tolist():
-            found[i] = None
-        if corrupt:
-            await self.link.call("drop_corrupt", keys_to_wire(corrupt))
+        found = np.where(lost, -1, sizes)
+        await self._drop_wrong(keys, found, np.flatnonzero(wrong & ~lost))
         return found
+
+    async def _drop_wrong(self, keys: Sequence[bytes], sizes: Sizes, wrong: NDArray[np.intp]) -> None:
+        """Those that no longer have the checksum taken at their put are not there (-1): bytes may also change while they rest."""
+        sizes[wrong] = -1
+        if len(wrong):
+            await self.link.call("drop_corrupt", keys_to_wire([keys[i] for i in wrong.tolist()]))
 
     # -- the whole -----------------------------------------------------------------------------
 

@@ -97,13 +97,16 @@ class FlatShelf:
         pages = np.fromiter((len(slab.pages) for _, slab, _ in objects), np.int32, len(objects))
         ranks = self._eviction.policy.first_rank(self._ticks(len(objects)), _unknown(len(objects)), pages, 0)
         self._drop(key for key, _, _ in objects)
-        for (key, slab, checksum), rank in zip(objects, ranks.tolist(), strict=True):
-            entry = FlatEntry(key, slab, checksum, self._next, rank)
-            self._next += 1
-            self._by_key[key] = self._by_number[entry.number] = entry
-            self.pages += len(slab.pages)
-            self.unpinned_pages += len(slab.pages)
-            self._offer(entry)
+        entries = [
+            FlatEntry(key, slab, checksum, number, rank)
+            for number, ((key, slab, checksum), rank) in enumerate(zip(objects, ranks.tolist(), strict=True), self._next)
+        ]
+        self._next += len(entries)
+        self._by_key.update((e.key, e) for e in entries)
+        self._by_number.update((e.number, e) for e in entries)
+        self.pages += int(pages.sum())
+        self.unpinned_pages += int(pages.sum())
+        self._offer(entries)
 
     def drop(self, key: bytes) -> bool:
         """Forget ``key``; its memory goes when nobody reads it any more."""
@@ -135,20 +138,28 @@ class FlatShelf:
         """Forget everything that is not being read."""
         return self._drop([k for k, e in self._by_key.items() if not e.pins])
 
-    def pin(self, entry: FlatEntry) -> None:
-        entry.pins += 1
-        if entry.pins == 1 and not entry.gone:
-            self.unpinned_pages -= len(entry.slab.pages)
+    def pin(self, entries: Iterable[FlatEntry]) -> None:
+        """Keep ``entries`` until :meth:`unpin` of the same."""
+        for entry in entries:
+            entry.pins += 1
+            if entry.pins == 1 and not entry.gone:
+                self.unpinned_pages -= len(entry.slab.pages)
 
-    def unpin(self, entry: FlatEntry) -> None:
-        entry.pins -= 1
-        if entry.pins:
-            return
-        if entry.gone:
-            self._free([entry.slab])
-        else:
-            self.unpinned_pages += len(entry.slab.pages)
-            self._offer(entry)
+    def unpin(self, entries: Iterable[FlatEntry]) -> None:
+        free: list[Slab] = []
+        offered: list[FlatEntry] = []
+        for entry in entries:
+            entry.pins -= 1
+            if entry.pins:
+                continue
+            if entry.gone:
+                free.append(entry.slab)
+            else:
+                self.unpinned_pages += len(entry.slab.pages)
+                offered.append(entry)
+        if free:
+            self._free(free)
+        self._offer(offered)
 
     # -- to be evicted ------------------------------------------------------------------------
 
@@ -183,10 +194,12 @@ class FlatShelf:
     def _ticks(self, count: int) -> NDArray[np.int64]:
         return self._eviction.tick(count) + np.arange(count, dtype=np.int64)
 
-    def _offer(self, entry: FlatEntry) -> None:
-        if not entry.queued:
+    def _offer(self, entries: Sequence[FlatEntry]) -> None:
+        """Queue for eviction what is not queued yet."""
+        new = [e for e in entries if not e.queued]
+        for entry in new:
             entry.queued = True
-            self._eviction.push(self.tenant, self.number, 0, entry.number, 0, entry.rank)
+        self._eviction.push_all(self.tenant, [(self.number, 0, e.number, 0) for e in new], [e.rank for e in new])
 
 
 class FlatPut:
@@ -269,8 +282,7 @@ class FlatGet:
         self.entries = tuple(entries)
         self._core, self._shelf = core, shelf
         self._pinned = [e for e in self.entries if e is not None]
-        for entry in self._pinned:
-            shelf.pin(entry)
+        shelf.pin(self._pinned)
         self._sources: dict[Slot, PageList] | None = None
 
     @property
@@ -324,8 +336,7 @@ class FlatGet:
             return
         self.closed = True
         self._sources = {}
-        for entry in self._pinned:
-            self._shelf.unpin(entry)
+        self._shelf.unpin(self._pinned)
         self._pinned = []
         self._core._closed(self)
 

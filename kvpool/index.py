@@ -339,9 +339,9 @@ class Tree:
         if unit == self.full and not self._policy.queues_interior:
             nodes = nodes[self._children[nodes] == 0]  # the others are offered when they have become leaves
         self._queued[unit, nodes] = True
-        ranks, generations = self._rank[unit, nodes].tolist(), self._generation[unit, nodes].tolist()
-        for rank, node, generation in zip(ranks, nodes.tolist(), generations, strict=True):
-            self._eviction.push(self.tenant, self.number, unit, node, generation, rank)
+        generations = self._generation[unit, nodes].tolist()
+        names = [(self.number, unit, node, age) for node, age in zip(nodes.tolist(), generations, strict=True)]
+        self._eviction.push_all(self.tenant, names, self._rank[unit, nodes].tolist())
 
     def _demote(self, unit: int, node: int, rank: float) -> None:
         """Have an entry evicted earlier than its order knows: the old place in it becomes void when it comes up."""

@@ -29,14 +29,11 @@ def pages_of(buffer: Any) -> PageList:
 
 def joined(pages: Sequence[PageList]) -> PageList | None:
     """All of ``pages``, one after another, as one list; None when they do not lie in one buffer."""
-    if not pages:
-        return PageList.of(b"")
-    base = pages[0].base
-    if any(p.base is not base for p in pages):
-        return None
-    if len(pages) == 1:
-        return pages[0]
-    return PageList(base, np.concatenate([p.pieces for p in pages])).merged()
+    if pages:
+        base = pages[0].base
+        if any(p.base is not base for p in pages):
+            return None
+    return PageList.joined(pages)
 
 
 def sizes_of(pages: Sequence[PageList]) -> Sizes:
@@ -54,16 +51,19 @@ def runs(sizes: Sizes, nbytes: int) -> Iterator[tuple[int, int]]:
         first, base = stop, int(ends[stop - 1])
 
 
-async def checksums_of(pages: Sequence[PageList]) -> Sums:
-    """xxh3_64 of each object, with room for others between runs: an event loop that sends meanwhile goes on doing so."""
-    sizes = sizes_of(pages)
+async def checksums_of(pages: Sequence[PageList], sizes: Sizes, whole: PageList | None) -> Sums:
+    """xxh3_64 of each object, with room for others between runs: an event loop that sends meanwhile goes on doing so.
+
+    ``whole``: what :func:`joined` says of all of them.
+    """
     sums = np.empty(len(pages), np.uint64)
+    ends = sizes.cumsum()
     for first, stop in runs(sizes, RUN_BYTES):
         if first:
             await asyncio.sleep(0)
-        whole = joined(pages[first:stop])
         if whole is not None:
-            sums[first:stop] = whole.hash_each(sizes[first:stop])
+            some = whole.slice(int(ends[first - 1]) if first else 0, int(ends[stop - 1]))
+            sums[first:stop] = some.hash_each(sizes[first:stop])
         else:
             sums[first:stop] = [p.hash(0) for p in pages[first:stop]]
     return sums
@@ -81,12 +81,11 @@ async def are_right(whole: PageList, sizes: Sizes, checksums: Sums) -> NDArray[n
     return right
 
 
-def units(pages: Sequence[PageList]) -> Iterator[tuple[int, PageList]]:
+def units(pages: Sequence[PageList], whole: PageList | None) -> Iterator[tuple[int, PageList]]:
     """What to hand over of the extent that ``pages`` are one after another: (start in bytes, where it lies).
 
-    One list when all lie in one buffer; otherwise each large object by itself, and small ones copied together.
+    ``whole`` when all lie in one buffer (see :func:`joined`); otherwise each large object by itself, and small ones copied together.
     """
-    whole = joined(pages)
     if whole is not None:
         yield 0, whole
         return
@@ -137,10 +136,16 @@ class Landing:
         whole = None
         if self._into is not None:
             # slice() says which one is too small
-            whole = joined([p.slice(0, n) for p, n in zip(self._into, sizes, strict=True) if n >= 0])
+            places = zip(self._into, sizes, strict=True)
+            whole = joined([p if p.nbytes == n else p.slice(0, n) for p, n in places if n >= 0])
         self._aside = whole is None
         self._whole = PageList.of(np.empty(total, np.uint8)) if whole is None else whole
         return self._whole
+
+    def deliver(self) -> None:
+        """Have each object where the caller wants it: copied there when it arrived elsewhere. Valid after the transfer."""
+        if self._aside and self._into is not None:
+            self.objects()
 
     def objects(self) -> list[PageList | None]:
         """Each object where the caller wants it: copied there when it arrived elsewhere. Valid after the transfer."""

@@ -283,6 +283,26 @@ class PageList:
         return cls(base, pieces)
 
     @classmethod
+    def joined(cls, pages: Sequence[PageList]) -> PageList:
+        """The bytes of all ``pages``, one after another, neighbouring pieces joined; all must have the same ``base``. Raises KVBufferError."""
+        if not pages:
+            return cls._one(memoryview(b""), 0, 0)
+        base = pages[0]._base
+        if any(p._base is not base for p in pages):
+            raise KVBufferError("page lists over several buffers cannot be one")
+        if len(pages) == 1:
+            return pages[0].merged()
+        offsets = np.fromiter([p._offset for p in pages], np.int64, len(pages))
+        if (offsets >= 0).all():
+            pieces = np.empty((len(pages), 2), np.int64)
+            pieces[:, 0] = offsets
+            pieces[:, 1] = np.fromiter([p._nbytes for p in pages], np.int64, len(pages))
+            pieces = pieces[pieces[:, 1] > 0]
+        else:
+            pieces = np.concatenate([p.pieces for p in pages])
+        return cls._several(base, pieces).merged()
+
+    @classmethod
     def scratch(cls, nbytes: int) -> PageList:
         """``nbytes`` of writable memory that nobody reads: one 1 MiB buffer, over and over.
 

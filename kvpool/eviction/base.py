@@ -6,7 +6,7 @@ Pure policy: no clock and no randomness but what is passed in. Time is counted i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,6 +63,9 @@ class Order(Protocol):
 
     def push(self, name: Name, rank: float) -> None:
         """Queue an entry that can be evicted."""
+
+    def push_all(self, names: Iterable[Name], ranks: Iterable[float]) -> None:
+        """:meth:`push` of many."""
 
     def head(self) -> tuple[float, Name] | None:
         """The entry that goes next; ranks of heads are comparable between tenants."""

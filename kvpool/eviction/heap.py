@@ -7,7 +7,7 @@ back at its current place. An eviction is therefore O(log n), amortised over tou
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .base import BLOCKED, GONE, Name, Shelf
 
@@ -30,6 +30,12 @@ class HeapOrder:
     def push(self, name: Name, rank: float) -> None:
         heapq.heappush(self._heap, (rank, name))
         self._move(MOVED)
+
+    def push_all(self, names: Iterable[Name], ranks: Iterable[float]) -> None:
+        heap, before = self._heap, len(self._heap)
+        for place in zip(ranks, names, strict=True):
+            heapq.heappush(heap, place)
+        self._move(MOVED * (len(heap) - before))
 
     def head(self) -> tuple[float, Name] | None:
         best, old = self._first(self._heap), self._first(self._old)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .base import Name, Order, Policy, Shelf
 
@@ -28,12 +28,14 @@ class Eviction:
         self._tick += count
         return first
 
-    def push(self, tenant: str, shelf: int, unit: int, node: int, generation: int, rank: float) -> None:
-        """Queue an entry that can be evicted."""
+    def push_all(self, tenant: str, names: Sequence[Name], ranks: Sequence[float]) -> None:
+        """Queue entries that can be evicted."""
+        if not names:
+            return
         order = self._orders.get(tenant)
         if order is None:
             order = self._orders[tenant] = self.policy.order()
-        order.push((shelf, unit, node, generation), rank)
+        order.push_all(names, ranks)
 
     def forget(self, tenant: str, count: int) -> None:
         """``count`` queued entries of ``tenant`` went without being popped; its order is rebuilt when most are void."""

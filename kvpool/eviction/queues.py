@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,10 @@ class SieveOrder:
 
     def push(self, name: Name, rank: float) -> None:
         heapq.heappush(self._ahead if rank >= self._hand else self._behind, (rank, name))
+
+    def push_all(self, names: Iterable[Name], ranks: Iterable[float]) -> None:
+        for name, rank in zip(names, ranks, strict=True):
+            self.push(name, rank)
 
     def head(self) -> tuple[float, Name] | None:
         while self._ahead or self._behind:
@@ -112,6 +116,10 @@ class S3FifoOrder:
                 self._small_pages += known[2]
             self._next = max(self._next, rank)
         heapq.heappush(self._main if known[0] else self._small, (known[1], name))
+
+    def push_all(self, names: Iterable[Name], ranks: Iterable[float]) -> None:
+        for name, rank in zip(names, ranks, strict=True):
+            self.push(name, rank)
 
     def head(self) -> tuple[float, Name] | None:
         while self._small or self._main:

@@ -47,7 +47,7 @@ class FakeShelf:
         touch = np.array([self.eviction.tick()])
         ranks = self.eviction.policy.first_rank(touch, self._array(node), np.ones(1, np.int32), 1)
         self.rank[node] = float(ranks[0])
-        self.eviction.push(self.tenant, self.number, 0, node, 0, self.rank[node])
+        self.eviction.push_all(self.tenant, [(self.number, 0, node, 0)], [self.rank[node]])
 
     def use(self, name: int) -> None:
         node = self.names[name]
@@ -63,7 +63,7 @@ class FakeShelf:
     def unpin(self, name: int) -> None:
         node = self.names[name]
         self.pinned.discard(node)
-        self.eviction.push(self.tenant, self.number, 0, node, 0, self.rank[node])
+        self.eviction.push_all(self.tenant, [(self.number, 0, node, 0)], [self.rank[node]])
 
     def drop(self, name: int) -> None:
         del self.rank[self.names.pop(name)]

@@ -16,7 +16,7 @@ def test_page_lists_of_one_buffer_are_joined_without_a_copy():
     assert one is not None
     assert one.base is whole.base
     assert one.pieces.tolist() == [[10, 10], [100, 51]]
-    assert [start for start, _ in units(parts)] == [0]
+    assert [start for start, _ in units(parts, one)] == [0]
     assert joined([*parts, PageList.of(b"elsewhere")]) is None
     assert joined([]).nbytes == 0
 
@@ -34,7 +34,7 @@ def test_page_lists_of_one_buffer_are_joined_without_a_copy():
 def test_units_of_scattered_objects_are_all_bytes_in_order(sizes):
     rng = np.random.default_rng(1)
     pages = [PageList.of(rng.bytes(n)) for n in sizes]
-    found = list(units(pages))
+    found = list(units(pages, joined(pages)))
     at = 0
     for start, unit in found:
         assert start == at

@@ -131,7 +131,7 @@ class Link:
         self._verbs = {
             WANT: lambda link, args: self.tuner.on_want(args),
             RETIRE: lambda link, args: self.tuner.on_retire(args),
-            ADDRESS: lambda link, args: self.advertised.on_verdict(args),
+            ADDRESS: lambda link, args: self.advertised.on_verdict(link, args),
         }
         self.advertised: Advertised = Advertised(endpoint, self)
         self._rejoined: asyncio.Future[None] | None = None

@@ -122,12 +122,11 @@ class Advertised:
 
     def __init__(self, endpoint: Endpoint, link: Link) -> None:
         self._endpoint = endpoint
-        self._link = link
         self.address = endpoint.config.advertise if link.dialled else ""
         self.error: AddressError | None = None
         self._told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def on_verdict(self, args: dict[str, Any]) -> dict[str, Any]:
+    async def on_verdict(self, link: Link, args: dict[str, Any]) -> dict[str, Any]:
         address, problem = args.get("address"), args.get("problem")
         if not isinstance(address, str) or not isinstance(problem, str):
             raise ProtocolError(f"{VERB}: address and problem are strings")
@@ -135,11 +134,11 @@ class Advertised:
             return {}
         if problem:
             self.error = AddressError(
-                f"{self._link.peer} cannot reach this process at {address}, the address it advertises: "
+                f"{link.peer} cannot reach this process at {address}, the address it advertises: "
                 f"{clip(problem, MAX_TEXT // 2)}. Advertise an address (host and port) that other machines can dial, "
                 "and open the port in the firewall"
             )
-            self._endpoint.unreachable(self._link, self.error)
+            self._endpoint.unreachable(link, self.error)
         self._told.set_result(None)
         return {}
 

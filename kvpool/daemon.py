@@ -17,6 +17,7 @@ from kvtransport.endpoint import Endpoint, EndpointConfig
 from kvtransport.errors import ConfigError, KVError
 from kvtransport.flow.spilling import SpillPolicy
 
+from .allocator import bound_heaps
 from .arena import PageArena
 from .cluster.agent import NodeAgent
 from .cluster.announcing import Watchers
@@ -289,6 +290,7 @@ class Stops:
 
 
 def main() -> None:
+    bound_heaps()
     app()
 
 

@@ -134,8 +134,8 @@ class Advertised:
             return {}
         if problem:
             self.error = AddressError(
-                f"{link.peer} cannot reach this process at {address}, the address it advertises: "
-                f"{clip(problem, MAX_TEXT // 2)}. Advertise an address (host and port) that other machines can dial, "
+                f"{link.peer} cannot reach this process at {address}, the address it advertises "
+                f"({clip(problem, MAX_TEXT // 2)}): advertise an address (host and port) that other machines can dial, "
                 "and open the port in the firewall"
             )
             self._endpoint.unreachable(link, self.error)

@@ -22,6 +22,8 @@ from rich.table import Table
 from kvtransport.bench.emulator import why_not
 
 from .aborts import aborted_transfers
+from .addresses import SCENARIOS as ADDRESSES
+from .addresses import play_address
 from .bits import FLIPS, play_flip
 from .party import DEAD_AFTER_S, RECONNECT_S
 from .scenarios import SCENARIOS, Scenario
@@ -177,6 +179,13 @@ async def everything(runs: int, only: str, at_once: int, aborts: int, cancels: b
                 rows.append(row)
                 for run in range(runs):
                     one = lambda f=flip, r=row, n=run: play_flip(f, r, n)  # noqa: E731
+                    group.create_task(guarded(row, run, one))
+        for name in ADDRESSES:
+            if only in name:
+                row = Row(name)
+                rows.append(row)
+                for run in range(runs):
+                    one = lambda a=name, r=row, n=run: play_address(a, r, n)  # noqa: E731
                     group.create_task(guarded(row, run, one))
     if aborts and only in "aborted transfers":
         row = Row(f"{aborts} aborted transfers")

@@ -7,17 +7,20 @@ The bytes of a transfer follow from its seed, so that both sides know what is ri
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import socket
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
-from kvtransport.errors import KVError
+from kvtransport.errors import AddressError, KVError, ProtocolError
 from kvtransport.flow.spilling import SpillPolicy
 from kvtransport.manifest import Manifest
 from kvtransport.receiver import Expectation, Receiver
@@ -155,6 +158,34 @@ class Party:
                 os.path.realpath(f"/proc/self/fd/{fd}").find("socket:") >= 0 for fd in os.listdir("/proc/self/fd")
             ),
         }
+
+    async def advertise(self, host: str, port: int, own: str, how: str, timeout_s: float) -> dict[str, Any]:
+        """Dial with the word that others reach this process at ``own``, where nobody listens or (``how`` "hole") packets vanish."""
+        with contextlib.ExitStack() as held:
+            taken = held.enter_context(socket.socket())
+            taken.bind((own, 0))
+            address = f"{own}:{taken.getsockname()[1]}"
+            if how == "hole":
+                taken.listen(0)
+                # Nobody accepts, and the queue has room for one or two: the kernel drops what else arrives.
+                for _ in range(4):
+                    waiting = held.enter_context(socket.socket())
+                    waiting.setblocking(False)
+                    waiting.connect_ex(taken.getsockname())
+            begun = time.monotonic()
+            async with Endpoint(replace(self.endpoint.config, advertise=address)) as endpoint:
+                link = await endpoint.connect(host, port, connections=2)
+                code, message, answers = "", "", False
+                try:
+                    await link.reachable(timeout_s)
+                except AddressError as error:
+                    code, message = error.code, error.message
+                took_s = time.monotonic() - begun
+                try:
+                    await link.call("nothing")
+                except ProtocolError:  # the peer has no such verb, and says so
+                    answers = True
+                return {"took_s": took_s, "code": code, "message": message, "address": address, "answers": answers}
 
     async def ended(self) -> dict[str, Any]:
         """Wait until the last link has ended; says why."""

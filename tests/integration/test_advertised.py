@@ -74,7 +74,7 @@ async def told(link: Link) -> str:
         await link.reachable(SOON_S)
     assert caught.value is link.advertised.error
     assert link.advertised.address in caught.value.message
-    assert "Advertise an address" in caught.value.message
+    assert "advertise an address" in caught.value.message
     return caught.value.message
 
 
@@ -148,6 +148,21 @@ async def test_a_port_that_never_says_a_word(monkeypatch):
     monkeypatch.setattr(probing, "PROBE_S", 0.2)
     async with somebody(b"") as address, dialled(address) as (_, _, link):
         assert "nobody answered within 0.2 s" in await told(link)
+
+
+async def test_packets_that_vanish(monkeypatch):
+    """A full queue: the kernel drops what arrives, and nobody is told."""
+    monkeypatch.setattr(probing, "PROBE_S", 0.2)
+    with contextlib.ExitStack() as held:
+        full = held.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):
+            waiting = held.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        async with dialled(shown(full.getsockname())) as (_, _, link):
+            assert "nobody answered within 0.2 s" in await told(link)
 
 
 async def test_closing_while_an_address_is_tried_leaves_nothing():

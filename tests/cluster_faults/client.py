@@ -83,6 +83,10 @@ def _tile(key: bytes, mark: bytes, nbytes: int) -> bytes:
     return (unit * (nbytes // len(unit) + 1))[:nbytes]
 
 
+class Abandoned(Exception):
+    """After a minute nobody waits for it any more. It hangs, unless this process was stopped meanwhile."""
+
+
 class Stopwatch:
     """Time in which this process was stopped does not count: a thread notices it, unless the process itself was busy."""
 
@@ -222,6 +226,8 @@ class Client:
                 outcome, more = ("miss" if missed else "hit"), missed
             except KVError as error:
                 outcome, more = type(error).__name__, error.message
+            except Abandoned:
+                outcome = more = "abandoned"
             except asyncio.CancelledError:
                 raise
             except BaseException as error:  # noqa: BLE001  a bug must reach the table
@@ -252,6 +258,8 @@ class Client:
         try:
             async with asyncio.timeout(GIVE_UP_S):
                 return await work
+        except TimeoutError:
+            raise Abandoned from None
         finally:
             took = self.watch.since(began)
             self.slowest_s = max(self.slowest_s, took)

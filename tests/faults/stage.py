@@ -54,7 +54,11 @@ class Child:
             limit=1 << 22,
         )  # fmt: skip
         child = cls(process, name)
-        await asyncio.wait_for(child.ready, 60)
+        try:
+            await asyncio.wait_for(child.ready, 60)
+        except BaseException:
+            await child.close()
+            raise
         return child
 
     async def _read(self) -> None:

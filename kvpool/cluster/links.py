@@ -50,7 +50,7 @@ class NodeLinks:
         """The link to ``member``. Raises NoNodeError (it failed moments ago), LinkError, or IncarnationError."""
         loop = asyncio.get_running_loop()
         known = self._tasks.get(member.id)
-        if known is not None and (known[0] != member.incarnation or self._ended(known[1])):
+        if known is not None and not self._serves(known, member):
             await self._drop(member.id)
             known = None
         if known is None:
@@ -60,7 +60,23 @@ class NodeLinks:
             self.suspects.probing(loop.time(), member.id, self._dial_s)
             known = (member.incarnation, loop.create_task(self._dial(member), name=f"dial {member.id}"))
             self._tasks[member.id] = known
-        return await asyncio.shield(known[1])
+        client = await asyncio.shield(known[1])
+        if member.incarnation not in (ANY, known[0], client.link.peer_incarnation):
+            raise IncarnationError(f"at {member.addresses[0]} is not the process that node {member.id!r} announced")
+        return client
+
+    @classmethod
+    def _serves(cls, known: tuple[bytes, asyncio.Task[PoolClient]], member: Member) -> bool:
+        """Whether a link that was dialled is, or may come to be, one to ``member``.
+
+        A node that is given by its address, and called by it, is first dialled as anybody, and then known: that is one link.
+        """
+        dialled, task = known
+        if cls._ended(task):
+            return False
+        if member.incarnation in (ANY, dialled):
+            return True
+        return dialled == ANY and (not task.done() or task.result().link.peer_incarnation == member.incarnation)
 
     async def open(self, member: Member, ns: Namespace) -> PoolClient:
         """The link to ``member`` with ``ns`` opened on it."""

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -22,7 +23,7 @@ from kvpool.keys import KeyChain
 from kvpool.protocol import PoolProtocol
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import EndpointConfig
-from kvtransport.errors import ConfigError, KVError, TransferCancelledError
+from kvtransport.errors import ConfigError, IncarnationError, KVError, TransferCancelledError
 from tests.clusterkit import CUT, STEP, TTL_S, WINDOWS, Node, Server, check, get, manifest_of, put, running
 from tests.conftest import no_tasks_left
 from tests.poolkit import content
@@ -454,6 +455,34 @@ async def test_an_empty_cluster_says_so(server):
 
 
 # -- the directory is lost -----------------------------------------------------------------------------
+
+
+async def test_nodes_that_are_called_by_their_addresses_keep_their_links():
+    """As kvpoold without --node is: asking a list of nodes who is there must not break what goes on with them."""
+    node = await Node("by its address").start(None)
+    node.agent.node = node.address
+    links = NodeLinks(EndpointConfig(), random=random.random)
+    policy, whole = open_placement("segments", None, None)
+    directory = PeerDirectory(links, [node.address], timeout_s=0.5)
+    pool = ClusterPool(directory, links, placement=policy, whole_chains=whole, ttl_s=TTL_S, answer_s=0.5)
+    await pool.start()
+    ns = await pool.namespace(CUT, STEP)
+    prompt = tokens(SEGMENT)
+    outgoing = await pool.put(ns, KeyChain(ns, prompt), boundary=64)
+    client = await links.client(pool.roster.members[node.address])
+    for _ in range(3):
+        await pool.refresh()
+        assert await links.client(pool.roster.members[node.address]) is client
+    for extent in outgoing.manifest.extents:
+        outgoing.ready(extent.layer, extent.tensor, PageList.of(content(extent, prompt)))
+    await outgoing.seal()
+    # Another process at the same address is another node, whoever was dialled first.
+    other = msgspec.structs.replace(pool.roster.members[node.address], incarnation=b"x" * 16)
+    with pytest.raises(IncarnationError):
+        await links.client(other)
+    await pool.refresh()
+    await pool.close()
+    await node.stop()
 
 
 async def test_flushall_costs_nothing_for_long(server):

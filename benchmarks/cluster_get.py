@@ -83,17 +83,19 @@ def daemons(url: str, memory: str) -> Iterator[dict[str, list[str]]]:
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "kvpoold.toml"
         settings.write_text("lock = false\n")
+        said = Path(folder) / "said"
         command = [sys.executable, "-m", "kvpool.daemon", "--port", "0", "--memory", memory, "--config", str(settings)]
         try:
             for cluster, count in (*((str(n), n) for n in SIZES), ("put", 1), ("bare", 1)):
                 for i in range(count):
                     join = ["--join", f"{url}?name=pool{cluster}", "--node", f"n{i}"] if cluster != "bare" else []
-                    process = subprocess.Popen([*command, *join], stdout=subprocess.PIPE, text=True)
+                    with said.open("a") as file:
+                        process = subprocess.Popen([*command, *join], stdout=subprocess.PIPE, stderr=file, text=True)
                     running.append(process)
                     assert process.stdout is not None
                     found = re.search(r"listening on (\S+),", process.stdout.readline())
                     if found is None or (join and "joined" not in process.stdout.readline()):
-                        sys.exit("a kvpoold did not start")
+                        sys.exit(f"a kvpoold did not start: {said.read_text()}")
                     addresses.setdefault(cluster, []).append(found[1])
             yield addresses
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,8 @@ from kvpool.client import connect
 from kvpool.cluster.pulling import Pulled
 from kvpool.errors import MissError
 from kvpool.keys import KeyChain
+from kvpool.scheduling.prefixes import Prefixes
+from kvpool.scheduling.router import Path
 from kvtransport.buffers import PageList
 from kvtransport.errors import ConfigError
 from tests.clusterkit import CUT, STEP, WINDOWS, get, manifest_of, put
@@ -282,3 +285,19 @@ async def test_below_others_it_still_goes_on(world, monkeypatch):
         await waiting.cancel("enough")
     finally:
         await client.close()
+
+
+async def test_the_router_sees_both_clusters_and_has_a_prefix_pulled(world):
+    """The seam between the router's decision and the pool, over real nodes."""
+    await two_clusters(world)
+    prompt = tokens(SEGMENT * 4)
+    pool, ns = await only_in_east(world, CUT, prompt, BOUNDARY)
+    prefixes = Prefixes(pool, pd="west", prfaas="east")
+    chain = KeyChain(ns, prompt)
+    request = await prefixes.request(ns, chain)
+    assert (request.tokens, request.match_pd, request.match_prfaas) == (len(prompt), 0, BOUNDARY)
+    pulled = await prefixes.carry_out(SimpleNamespace(path=Path.LOCAL, pull_bytes=1.0), ns, chain)
+    assert pulled is not None
+    assert (pulled.cluster, pulled.reached) == ("west", BOUNDARY)
+    await world.settled()
+    assert (await prefixes.request(ns, chain)).match_pd == BOUNDARY

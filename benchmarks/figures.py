@@ -119,6 +119,7 @@ def main() -> None:
     directory = Path(sys.argv[1] if len(sys.argv) > 1 else "benchmarks/results")
     for draw, pattern in (
         (loopback, "loopback-*.json"),
+        (loopback, "tls-*.json"),  # against SSL_write and SSL_read
         (others, "[cp][ri]*.json"),
         (peers, "peers-*.json"),
         (wan, "wan-*.json"),

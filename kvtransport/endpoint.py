@@ -143,6 +143,7 @@ class Endpoint:
         self._handshakes: set[Handshake] = set()
         self._expected: dict[bytes, tuple[Receiver, Link | None]] = {}
         self._waiting: dict[bytes, _WaitingOpen] = {}
+        self._working: set[asyncio.Future[Any]] = set()
         self.on_link: Callable[[Link], None] | None = None
         self.closed = False
 
@@ -153,8 +154,11 @@ class Endpoint:
         await self.close()
 
     def work(self, function: Callable[..., Any], *args: Any) -> Awaitable[Any]:
-        """Run ``function`` in a thread: what would hold up every connection."""
-        return self._loop.run_in_executor(None, function, *args)
+        """Run ``function`` in a thread: what would hold up every connection. :meth:`close` waits for it."""
+        running = self._loop.run_in_executor(None, function, *args)
+        self._working.add(running)
+        running.add_done_callback(self._working.discard)
+        return running
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -461,6 +465,8 @@ class Endpoint:
             await link.close()
         for receiver, _ in list(self._expected.values()):
             await receiver.cancel("the endpoint was closed")
+        if self._working:
+            await asyncio.wait(self._working)
         self.pacer.close()
         self.spill_area.close()
         if self._engine is not None:

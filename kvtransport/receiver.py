@@ -308,7 +308,8 @@ class Receiver:
         if key in self._decoding:
             return  # a copy of what is here already
         if sum(self._decoding.values()) + nbytes > max(self._window_bytes, nbytes):
-            self.fail(LimitError(f"the producer sent more coded bytes than its credit of {self._window_bytes}"))
+            # Not more than its credit if it keeps the protocol: after a takeover the same bytes come again, cut otherwise. What is held stays bounded.
+            self.missed(header._replace(length=nbytes))
             return
         self._decoding[key] = nbytes
         decoding = asyncio.ensure_future(self._endpoint.work(decode, payload))
@@ -354,7 +355,8 @@ class Receiver:
         self._ask([(header.layer, header.tensor, header.offset, stop)])
 
     def missed(self, header: Header) -> None:
-        """Data that came right behind a HELLO, before its connection was part of the link, had no place: it is asked for again."""
+        """Data that had no place is asked for again: it came right behind a HELLO, before its connection was part of the link, or, coded,
+        while as much as the credit allows was still being decoded."""
         if self._finished.done() or self._into is None:
             return
         slot, stop = (header.layer, header.tensor), header.offset + header.length

@@ -20,8 +20,9 @@ from .transport.world import Violation, run_seed
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 50
-FAILED_ONCE = (1125, 1138, 2289, 2412, 4578, 4634, 6593)
-"""An old copy read its source after a later one was acknowledged; a handshake that was late for one side ended the link."""
+FAILED_ONCE = (1125, 1138, 2289, 2412, 4578, 4634, 5159, 6593, 7375, 7419)
+"""An old copy read its source after a later one was acknowledged; a handshake that was late for one side ended the link; bytes cut otherwise
+came again while they were being decoded and were counted twice; an endpoint closed while it decoded."""
 
 
 @pytest.mark.parametrize("first", range(0, 300, BLOCK))

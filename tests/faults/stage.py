@@ -67,7 +67,8 @@ class Child:
             said = json.loads(line)
             event = said.get("event")
             if event == "ready":
-                self.ready.set_result(None)
+                if not self.ready.done():  # whoever waited may have been cancelled
+                    self.ready.set_result(None)
             elif event == "expecting":
                 self.expecting.set()
             elif (future := self._answers.pop(said.get("id"), None)) is not None and not future.done():

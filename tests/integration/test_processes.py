@@ -316,6 +316,18 @@ class Steps:
 
 
 def stall(peer, make_manifest, *, stall_s: float) -> None:
+    """Steps are not slower while the consumer stands still. Three looks: what else the machine does slows some, a wait of ours all."""
+    looks = []
+    for _ in range(3):
+        undisturbed, stalled = stalled_steps(peer, make_manifest, stall_s)
+        if stalled < 1.05 * undisturbed:
+            return
+        looks.append(f"{stalled * 1e3:.2f} ms while stalled, {undisturbed * 1e3:.2f} before")
+    pytest.fail(f"median steps: {'; '.join(looks)}")
+
+
+def stalled_steps(peer, make_manifest, stall_s: float) -> tuple[float, float]:
+    """Seconds of the median step before the stall and during it; everything else about it is checked here."""
     before, during, after = 50, round(stall_s / STEP_S), 25
     steps = before + during + after
     manifest = make_manifest(steps * STEP_TOKENS)
@@ -341,9 +353,7 @@ def stall(peer, make_manifest, *, stall_s: float) -> None:
     unit = STEP_TOKENS * sum(manifest.extent(*slot).unit for slot in Steps.slots)
     assert during > 1.5 * RING
     assert spilled > (during - RING) * unit // 2
-    assert stalled < 1.05 * undisturbed, (
-        f"median step {stalled * 1e3:.2f} ms while stalled, {undisturbed * 1e3:.2f} before"
-    )
+    return undisturbed, stalled
 
 
 def test_a_stalled_consumer_does_not_slow_the_producers_steps(peer, make_manifest):

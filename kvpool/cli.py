@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 
 from kvtransport import presets
+from kvtransport.address import parse_address
 from kvtransport.bench.output import console, write_json
 from kvtransport.endpoint import EndpointConfig
-from kvtransport.errors import ConfigError, KVError
+from kvtransport.errors import KVError
 
 from .client import PoolClient, connect
 from .cluster.cli import register as register_cluster
@@ -24,9 +22,9 @@ from .commands_security import register as register_security
 from .demo.cli import register as register_demo
 from .events.cli import register as register_events
 from .keys import KeyChain
+from .options import Ca, Certificate, Insecure, JsonTo, Key, TokenFile, access, human, token_ids
 from .replay.cli import register as register_replay
 from .scheduling.cli import register as register_scheduling
-from .security import client_config
 
 app = typer.Typer(
     name="kvpool",
@@ -38,22 +36,6 @@ app = typer.Typer(
 )
 
 Address = Annotated[str, typer.Option("--address", "-a", help="HOST:PORT of a kvpoold")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Connect beyond loopback without encryption")]
-Ca = Annotated[
-    Path | None, typer.Option("--ca", envvar="KVPOOL_CA", help="PEM file of the pool's certificate authority: TLS")
-]
-Certificate = Annotated[
-    Path | None, typer.Option("--certificate", envvar="KVPOOL_CERTIFICATE", help="PEM file of a client certificate")
-]
-Key = Annotated[Path | None, typer.Option("--key", envvar="KVPOOL_KEY", help="PEM file of its key")]
-TokenFile = Annotated[
-    Path | None, typer.Option("--token", envvar="KVPOOL_TOKEN", help="File with a token, instead of a certificate")
-]
-JsonTo = Annotated[
-    str | None, typer.Option("--json", metavar="PATH", help="Write one JSON object to PATH; '-' is standard output")
-]
-
-UNIT = 1024.0
 
 
 def main() -> None:
@@ -65,28 +47,11 @@ def main() -> None:
         sys.exit(2)
 
 
-def human(nbytes: float) -> str:
-    """ "1.5 GiB" """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < UNIT:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= UNIT
-    return f"{nbytes:.1f} TiB"
-
-
-def _access(
-    insecure: bool, ca: Path | None, certificate: Path | None, key: Path | None, token: Path | None
-) -> EndpointConfig:
-    return client_config(name="kvpool", insecure=insecure, authority=ca, certificate=certificate, key=key, token=token)
-
-
 def _with_pool(address: str, config: EndpointConfig, work: Callable[[PoolClient], Awaitable[Any]]) -> Any:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"{address!r} is not an address: write HOST:PORT, such as 127.0.0.1:7777")
+    host, port = parse_address(address)
 
     async def run() -> Any:
-        async with await connect(host.strip("[]"), int(port), connections=1, config=config) as pool:
+        async with await connect(host, port, connections=1, config=config) as pool:
             return await work(pool)
 
     return asyncio.run(run())
@@ -103,7 +68,7 @@ def stat(
     json_to: JsonTo = None,
 ) -> None:
     """What a pool holds: bytes by class and group, entries, hits and misses by reason."""
-    body = _with_pool(address, _access(insecure, ca, certificate, key, token), lambda pool: pool.stat())
+    body = _with_pool(address, access(insecure, ca, certificate, key, token), lambda pool: pool.stat())
     out = console(json_to)
     table = Table(title=f"kvpoold at {address}", show_header=False)
     table.add_row("memory", f"{human(body['used_bytes'])} used of {human(body['total_bytes'])}")
@@ -144,7 +109,7 @@ def explain(
         ns = await pool.namespace(layout, block_tokens)
         return await pool.explain(ns, KeyChain(ns, ids))
 
-    explanation = _with_pool(address, _access(insecure, ca, certificate, key, token), work)
+    explanation = _with_pool(address, access(insecure, ca, certificate, key, token), work)
     console(json_to).print(str(explanation), soft_wrap=True)
     write_json(json_to, explanation.as_dict())
 
@@ -163,21 +128,9 @@ def clear(
     """Evict everything of this tenant that is not in use."""
     if not yes and not typer.confirm(f"Evict everything from the pool at {address}?"):
         raise typer.Exit(1)
-    entries = _with_pool(address, _access(insecure, ca, certificate, key, token), lambda pool: pool.clear())
+    entries = _with_pool(address, access(insecure, ca, certificate, key, token), lambda pool: pool.clear())
     console(json_to).print(f"{entries:,} entries evicted")
     write_json(json_to, {"entries": entries})
-
-
-def token_ids(source: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The JSON list of token ids in a file, or on standard input for "-". Raises ConfigError."""
-    try:
-        body = json.loads(sys.stdin.read() if source == "-" else Path(source).read_text())
-        ids = np.asarray(body)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ConfigError(f"{source}: expected a JSON list of token ids")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read token ids from {source}: {error}") from error
-    return ids.astype(np.int64)
 
 
 register_cluster(app)

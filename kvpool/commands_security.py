@@ -14,10 +14,7 @@ from kvtransport.bench.output import console, write_json
 from kvtransport.identity import Token
 
 from . import certs as making
-
-JsonTo = Annotated[
-    str | None, typer.Option("--json", metavar="PATH", help="Write one JSON object to PATH; '-' is standard output")
-]
+from .options import JsonTo
 
 EPILOG = """
 Examples:
@@ -36,7 +33,7 @@ def certs(
         list[str] | None, typer.Option(help="NAME=HOST,HOST: a kvpoold, and the names and addresses it is dialled by")
     ] = None,
     client: Annotated[
-        list[str] | None, typer.Option(help="NAME or NAME=TENANT: a client, and whose cache it uses [its name]")
+        list[str] | None, typer.Option(help="NAME or NAME=TENANT: a client, and whose cache it uses \\[its name]")
     ] = None,
     days: Annotated[int, typer.Option(help="Days that the certificates hold")] = making.DAYS,
     cluster: Annotated[str, typer.Option(help="Name in the authority's certificate")] = "kvpool",
@@ -118,7 +115,7 @@ def _show(made: making.Made, out: Console) -> None:
 
 def token(
     name: Annotated[str, typer.Argument(help="Who it is for: 1 to 64 letters, digits, dots, dashes, underscores")],
-    tenant: Annotated[str, typer.Option(help="Whose cache it opens [its name]")] = "",
+    tenant: Annotated[str, typer.Option(help="Whose cache it opens \\[its name]")] = "",
 ) -> None:
     """Make a token: a name and a random secret, for peers without a certificate of their own.
 

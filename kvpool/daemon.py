@@ -57,7 +57,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, 0 for any free one [7777]")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory for the pool, such as 8GiB [1GiB]")] = None,
-    policy: Annotated[str | None, typer.Option(help="Eviction: marconi, lru, s3fifo, sieve or gdsf [marconi]")] = None,
+    policy: Annotated[str | None, typer.Option(help="Eviction: marconi, lru, s3fifo, sieve or gdsf \\[marconi]")] = None,
     name: Annotated[str | None, typer.Option(help="Name shown to peers")] = None,
     tls_authority: Annotated[Path | None, typer.Option(help="PEM file of the certificate authority: TLS 1.3")] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM file of this node's certificate")] = None,
@@ -75,13 +75,13 @@ def serve(
         str | None, typer.Option(help="HOST:PORT under which others reach it (default: where it listens)")
     ] = None,
     events: Annotated[
-        str | None, typer.Option(help="Publish what is stored and removed (ZeroMQ), such as tcp://127.0.0.1:5557 [off]")
+        str | None, typer.Option(help="Publish what is stored and removed (ZeroMQ), such as tcp://127.0.0.1:5557 \\[off]")
     ] = None,
     events_replay: Annotated[
-        str | None, typer.Option(help="Where subscribers ask for events they missed, such as tcp://127.0.0.1:5558 [off]")
+        str | None, typer.Option(help="Where subscribers ask for events they missed, such as tcp://127.0.0.1:5558 \\[off]")
     ] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="Port for Prometheus (GET /metrics), 0 for any free one [off]")
+        int | None, typer.Option(help="Port for Prometheus (GET /metrics), 0 for any free one \\[off]")
     ] = None,
     grace_s: Annotated[float | None, typer.Option(help="Seconds for transfers in progress after SIGTERM [10]")] = None,
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +10,8 @@ from rich.console import Console
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from kvpool.security import DEFAULT_TENANT, client_config
+from kvpool.options import Ca, Certificate, Insecure, JsonTo, Key, TokenFile, access, human
+from kvpool.security import DEFAULT_TENANT
 from kvtransport.bench.output import console, write_json
 from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import ConfigError, KVError
@@ -24,10 +24,6 @@ cluster = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at 
 Target = Annotated[
     str,
     typer.Option("--directory", "-d", help="Directory (valkey://HOST:PORT?name=POOL), or nodes as HOST:PORT,HOST:PORT"),
-]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Connect beyond loopback without encryption")]
-JsonTo = Annotated[
-    str | None, typer.Option("--json", metavar="PATH", help="Write one JSON object to PATH; '-' is standard output")
 ]
 
 
@@ -88,16 +84,10 @@ async def status_of(pool: ClusterPool) -> dict[str, Any]:
 def status(
     directory: Target,
     insecure: Insecure = False,
-    ca: Annotated[
-        Path | None, typer.Option("--ca", envvar="KVPOOL_CA", help="PEM file of the pool's certificate authority: TLS")
-    ] = None,
-    certificate: Annotated[
-        Path | None, typer.Option("--certificate", envvar="KVPOOL_CERTIFICATE", help="PEM file of a client certificate")
-    ] = None,
-    key: Annotated[Path | None, typer.Option("--key", envvar="KVPOOL_KEY", help="PEM file of its key")] = None,
-    token: Annotated[
-        Path | None, typer.Option("--token", envvar="KVPOOL_TOKEN", help="File with a token, instead of a certificate")
-    ] = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token: TokenFile = None,
     json_to: JsonTo = None,
 ) -> None:
     """Nodes by cluster: state, memory, segments, whether they answer, and how far drains and copies are.
@@ -105,11 +95,7 @@ def status(
     Copies are made when there should be more than one, when a node is lost, and for nodes that join. "held up": there is
     work, and the directory is away or has lost everything.
     """
-    from kvpool.cli import human
-
-    config = client_config(
-        name="kvpool", insecure=insecure, authority=ca, certificate=certificate, key=key, token=token
-    )
+    config = access(insecure, ca, certificate, key, token)
 
     async def work() -> dict[str, Any]:
         async with await open_cluster(directory, config) as pool:
@@ -171,21 +157,19 @@ def drain(
     directory: Target,
     deadline: Annotated[float, typer.Option(help="Seconds; what is left then is left to be missed", min=1)] = 300.0,
     gbps: Annotated[
-        float | None, typer.Option(help="Bandwidth it may take, 1e9 bits a second [all]", min=0.001)
+        float | None, typer.Option(help="Bandwidth it may take, 1e9 bits a second \\[all]", min=0.001)
     ] = None,
     stop: Annotated[
         bool, typer.Option("--stop", help="End a drain in progress; the node takes new data again")
     ] = False,
     insecure: Insecure = False,
-    ca: Annotated[Path | None, typer.Option("--ca", envvar="KVPOOL_CA", help="As in kvpool cluster status")] = None,
-    certificate: Annotated[Path | None, typer.Option("--certificate", envvar="KVPOOL_CERTIFICATE")] = None,
-    key: Annotated[Path | None, typer.Option("--key", envvar="KVPOOL_KEY")] = None,
-    token: Annotated[Path | None, typer.Option("--token", envvar="KVPOOL_TOKEN")] = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token: TokenFile = None,
     json_to: JsonTo = None,
 ) -> None:
-    config = client_config(
-        name="kvpool", insecure=insecure, authority=ca, certificate=certificate, key=key, token=token
-    )
+    config = access(insecure, ca, certificate, key, token)
     err = Console(stderr=True)
 
     async def work() -> dict[str, Any]:
@@ -207,8 +191,6 @@ def drain(
             return dict(answer["drain"] or {})
 
     body = asyncio.run(work())
-    from kvpool.cli import human
-
     out = console(json_to)
     if stop:
         out.print(f"{node} takes new data again")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -13,11 +12,12 @@ from rich.console import Console
 from rich.progress import Progress as RichProgress
 
 from kvpool.keys import KeyChain
-from kvpool.security import DEFAULT_TENANT, client_config
+from kvpool.options import Ca, Certificate, Insecure, JsonTo, Key, TokenFile, access, human, token_ids
+from kvpool.security import DEFAULT_TENANT
 from kvtransport import presets
 from kvtransport.bench.output import console, write_json
 
-from .cli import GBPS, Insecure, JsonTo, Target, open_cluster
+from .cli import GBPS, Target, open_cluster
 from .pulling import DEADLINE_S, Pulled
 
 PULL_HELP = """Bring the longest prefix of a prompt that other clusters can restore into one cluster.
@@ -39,29 +39,25 @@ def pull(
     model: Annotated[str, typer.Option(help="Preset whose layout the tokens were stored under")],
     tokens: Annotated[str, typer.Option(help="JSON file with a list of token ids; '-' is standard input")],
     sources: Annotated[
-        list[str] | None, typer.Option("--from", help="Cluster to read from; may be said several times [all others]")
+        list[str] | None, typer.Option("--from", help="Cluster to read from; may be said several times \\[all others]")
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens, at most [all]", min=1)] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens, at most \\[all]", min=1)] = None,
     block_tokens: Annotated[int, typer.Option(help="Tokens of a block")] = 64,
     tenant: Annotated[str, typer.Option(help="Whose it is: the tenant of the token or certificate")] = DEFAULT_TENANT,
     deadline: Annotated[
         float, typer.Option(help="Seconds; what is missing then stays missing", min=0.1, max=3600)
     ] = DEADLINE_S,
     gbps: Annotated[
-        float | None, typer.Option(help="Bandwidth it may take, 1e9 bits a second [what the nodes allow]", min=0.001)
+        float | None, typer.Option(help="Bandwidth it may take, 1e9 bits a second \\[what the nodes allow]", min=0.001)
     ] = None,
     insecure: Insecure = False,
-    ca: Annotated[Path | None, typer.Option("--ca", envvar="KVPOOL_CA", help="As in kvpool cluster status")] = None,
-    certificate: Annotated[Path | None, typer.Option("--certificate", envvar="KVPOOL_CERTIFICATE")] = None,
-    key: Annotated[Path | None, typer.Option("--key", envvar="KVPOOL_KEY")] = None,
-    token: Annotated[Path | None, typer.Option("--token", envvar="KVPOOL_TOKEN")] = None,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token: TokenFile = None,
     json_to: JsonTo = None,
 ) -> None:
-    from kvpool.cli import human, token_ids
-
-    config = client_config(
-        name="kvpool", insecure=insecure, authority=ca, certificate=certificate, key=key, token=token
-    )
+    config = access(insecure, ca, certificate, key, token)
     layout, ids = presets.load(model), token_ids(tokens)
     seconds = 0.0
 

@@ -47,12 +47,12 @@ def demo(
     tokens: Annotated[int | None, typer.Option(help="Tokens of a request [32768; with --real 777]")] = None,
     prefix_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens the second request shares with the first [three quarters; with --real two thirds]"),
+        typer.Option(help="Tokens the second request shares with the first \\[three quarters; with --real two thirds]"),
     ] = None,
     layer_ms: Annotated[float, typer.Option(help="Milliseconds prefill computes a layer of the whole request")] = 100.0,
     connections: Annotated[int, typer.Option(help="TCP connections of each link")] = 4,
     memory: Annotated[
-        str | None, typer.Option(help="Memory of the pool, such as 2GiB [room for both requests]")
+        str | None, typer.Option(help="Memory of the pool, such as 2GiB \\[room for both requests]")
     ] = None,
     block_tokens: Annotated[int, typer.Option(help="Tokens of a prefix-cache block")] = 64,
     direct: Annotated[bool, typer.Option("--direct", help="From process to process: one request, no pool")] = False,

@@ -42,10 +42,10 @@ def lines(batch: EventBatch) -> list[dict[str, Any]]:
 
 def events(
     endpoint: Annotated[str, typer.Argument(help="ZeroMQ address of the publisher, such as tcp://127.0.0.1:5557")],
-    replay: Annotated[str, typer.Option(help="Where to ask for what was missed [nowhere]")] = "",
+    replay: Annotated[str, typer.Option(help="Where to ask for what was missed \\[nowhere]")] = "",
     topic: Annotated[str, typer.Option(help="Only messages whose topic begins so")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object an event, on standard output")] = False,
-    seconds: Annotated[float | None, typer.Option(help="End after so long [never]", min=0.1)] = None,
+    seconds: Annotated[float | None, typer.Option(help="End after so long \\[never]", min=0.1)] = None,
 ) -> None:
     console = Console()
 

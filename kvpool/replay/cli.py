@@ -73,10 +73,12 @@ def replay_command(
     ] = "unlimited",
     policy: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(POLICIES)}, several with commas, or all [{DEFAULT_POLICY}]", show_default=False),
+        typer.Option(
+            help=f"{', '.join(POLICIES)}, several with commas, or all \\[{DEFAULT_POLICY}]", show_default=False
+        ),
     ] = None,
     block_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a block, a divisor of the trace's [the trace's]", show_default=False)
+        int | None, typer.Option(help="Tokens of a block, a divisor of the trace's \\[the trace's]", show_default=False)
     ] = None,
     count_from: Annotated[
         float, typer.Option(help="Count hits from this share of the requests on", min=0.0, max=0.99)
@@ -86,7 +88,7 @@ def replay_command(
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Run rows of a sweep anew that the --json file has")] = False,
     jobs: Annotated[
-        int | None, typer.Option(help="Processes of a sweep [all cores]", min=1, show_default=False)
+        int | None, typer.Option(help="Processes of a sweep \\[all cores]", min=1, show_default=False)
     ] = None,
     json_path: Annotated[
         str | None, typer.Option("--json", metavar="PATH", help="Write one JSON object; '-' is standard output.")

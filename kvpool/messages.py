@@ -19,6 +19,9 @@ from .match import Explanation, GroupReach, Match, Reason
 from .steps import Steps
 
 MAX_TIMEOUT_S = 3_600.0
+MAX_RATE = 1e12
+"""Bytes a second."""
+MAX_PRIORITY = 1_000
 KEY_BYTES = 32
 HASHES = 1_024
 """Keys hashed in one step: about a millisecond."""
@@ -197,11 +200,18 @@ class Args:
         return value
 
     def rate(self, name: str) -> float | None:
-        """Bytes a second, above 0; None when there is no limit."""
+        """Bytes a second, 1 or more; None when there is no limit."""
         value = self.get(name, (int, float, type(None)), None)
-        if value is not None and not 0 < value < float("inf"):
-            raise ProtocolError(f"{self._verb}: argument {name!r} must be above 0 bytes a second, got {value}")
+        if value is not None and not 1 <= value <= MAX_RATE:
+            raise ProtocolError(f"{self._verb}: argument {name!r} must be 1..{MAX_RATE:g} bytes a second, got {value}")
         return None if value is None else float(value)
+
+    def priority(self) -> int:
+        """As of an OPEN: higher goes first."""
+        value: int = self.get("priority", int, 0)
+        if not -MAX_PRIORITY <= value <= MAX_PRIORITY:
+            raise ProtocolError(f"{self._verb}: argument 'priority' must be within {MAX_PRIORITY} of 0, got {value}")
+        return value
 
     def name(self, name: str, *, optional: bool = False) -> bytes | None:
         """16 bytes that name a transfer or a request."""

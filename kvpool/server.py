@@ -430,6 +430,9 @@ class PoolServer:
         request = args.name("request", optional=True)
         transfer = args.name("transfer")
         assert transfer is not None
+        # All of it is read before anything is held.
+        priority, bytes_per_s = args.priority(), args.rate("bytes_per_s")
+        boundary, start = args.integer("boundary"), args.integer("start", 0)
         chain = await run_in_turns(chain_steps(ns, args.get("chain", (dict, type(None)), None)))
         while True:
             early = request is not None and not self.core.request_known(session.tenant, request)
@@ -437,8 +440,8 @@ class PoolServer:
                 get = self.core.plan_get(
                     ns,
                     chain,
-                    boundary=args.integer("boundary"),
-                    start=args.integer("start", 0),
+                    boundary=boundary,
+                    start=start,
                     request=request,
                     deadline=deadline,
                 )
@@ -452,11 +455,11 @@ class PoolServer:
             get,
             transfer,
             deadline - self.core.clock(),
-            priority=args.get("priority", int, 0),
-            bytes_per_s=args.rate("bytes_per_s"),
+            priority=priority,
+            bytes_per_s=bytes_per_s,
         )
         if self.on_read is not None and chain is not None:
-            self.on_read(ns, chain, args.integer("boundary"))
+            self.on_read(ns, chain, boundary)
         return {}
 
     async def _get_objects(self, session: Session, args: Args) -> dict[str, Any]:
@@ -530,8 +533,9 @@ class PoolServer:
             sender = session.link.open(
                 get.manifest(transfer), deadline_s=max(0.001, deadline_s), priority=priority, tenant=pace
             )
-        except KVError:
-            self._endpoint.cap_tenant(pace, None)
+        except BaseException:
+            if pace:
+                self._endpoint.cap_tenant(pace, None)
             get.close()
             raise
         relay = self._spawn(self._relay(get, sender))

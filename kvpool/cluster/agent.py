@@ -240,8 +240,7 @@ class NodeAgent:
         if values.get("stop", bool, False):
             await self.stop_drain()
         elif self._draining is None or self._draining.done():
-            rate = values.get("bytes_per_s", (int, float, type(None)), None)
-            await self.drain(deadline_s=values.seconds("deadline_s", 300.0), bytes_per_s=rate)
+            await self.drain(deadline_s=values.seconds("deadline_s", 300.0), bytes_per_s=values.rate("bytes_per_s"))
         return await self._on_member(link, args)
 
     async def drain(self, *, deadline_s: float, bytes_per_s: float | None = None) -> None:

@@ -167,7 +167,20 @@ async def test_what_is_over_leaves_no_cycles(served, hybrid):
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
-    ours = ("Link", "Session", "Sender", "Receiver", "Put", "Get", "FlatPut", "FlatGet", "KeyChain", "Manifest", "PageList", "MissError")
+    ours = (
+        "Link",
+        "Session",
+        "Sender",
+        "Receiver",
+        "Put",
+        "Get",
+        "FlatPut",
+        "FlatGet",
+        "KeyChain",
+        "Manifest",
+        "PageList",
+        "MissError",
+    )
     assert not {name: kinds[name] for name in ours if kinds[name]}, kinds
 
 
@@ -362,6 +375,35 @@ async def test_a_manifest_of_another_put_is_refused(served, hybrid):
     with pytest.raises(KVError, match="not of the put that was asked for"):
         await client.link.open(manifest).accepted()
     assert (await client.stat())["used_bytes"] == 0
+
+
+async def test_a_get_that_is_refused_holds_nothing_and_lifts_no_cap(served, hybrid):
+    client = await served.client()
+    ns = await client.namespace(hybrid, 64)
+    chain = KeyChain(ns, tokens(640))
+    await put(client, ns, chain, source_of(ns, 640), boundary=640)
+
+    def args(**more):
+        return client._about(ns, chain, boundary=640, deadline_s=30.0, **{"transfer": new_transfer_id(), **more})
+
+    for wrong, says in (
+        ({"priority": 1 << 40}, "argument 'priority' must be within"),
+        ({"priority": "high"}, "argument 'priority' must not be a str"),
+        ({"bytes_per_s": 0}, "bytes a second"),
+        ({"bytes_per_s": float("inf")}, "bytes a second"),
+    ):
+        with pytest.raises(KVError, match=says):
+            await client.link.call("get", args(**wrong))
+        assert served.core.stat()["active"] == 0
+
+    served.endpoint.cap_tenant("", 1 << 20)
+    named = {"transfer": new_transfer_id()}
+    await client.link.call("get", args(**named))
+    for pace in ({}, {"bytes_per_s": 1e6}):
+        with pytest.raises(KVError, match="open on this link already"):
+            await client.link.call("get", args(**named, **pace))
+    assert served.core.stat()["active"] == 1
+    assert set(served.endpoint.pacer._tenants) == {""}
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,8 @@ class Receiver:
         self._asked: dict[tuple[int, int, int], int] = {}
         """Corrupt chunks that were asked for again: where they start, and their end."""
         self._decoding: dict[tuple[int, int, int], int] = {}
+        self._again_bytes = 0
+        """Of coded copies of what was in its place already."""
         """Coded chunks that are being decoded: where they start, and their bytes."""
         self._acks: list[tuple[int, int, int, int]] = []
         self._seal: bodies.Seal | None = None
@@ -125,7 +127,7 @@ class Receiver:
         if self._into is not None:
             into, stats = self._into.stats(), self._stats
             stats.chunks, stats.checksums_verified = into.chunks, into.verified
-            stats.moved_bytes, stats.duplicate_bytes = into.applied_bytes, into.duplicate_bytes
+            stats.moved_bytes, stats.duplicate_bytes = into.applied_bytes, into.duplicate_bytes + self._again_bytes
         return self._stats
 
     @property
@@ -305,11 +307,20 @@ class Receiver:
         except ProtocolError as error:
             self.fail(error)
             return
+        if self._into.contains(*key, header.offset + nbytes):
+            self._again_bytes += nbytes
+            self.acknowledge([(*key, header.offset + nbytes)])
+            return
         if key in self._decoding:
             return  # a copy of what is here already
-        if sum(self._decoding.values()) + nbytes > max(self._window_bytes, nbytes):
-            # Not more than its credit if it keeps the protocol: after a takeover the same bytes come again, cut otherwise. What is held stays bounded.
-            self.missed(header._replace(length=nbytes))
+        most = max(self._window_bytes, nbytes)
+        if sum(self._decoding.values()) + nbytes > most:
+            # What a copy brought into its place meanwhile is not on the sender's account, but it is held.
+            fresh = sum(n for (at, n) in self._decoding.items() if not self._into.contains(*at, at[2] + n))
+            if fresh + nbytes > most:
+                self.fail(LimitError(f"the producer sent more coded bytes than its credit of {self._window_bytes}"))
+            else:
+                self.missed(header._replace(length=nbytes))
             return
         self._decoding[key] = nbytes
         decoding = asyncio.ensure_future(self._endpoint.work(decode, payload))
@@ -356,7 +367,7 @@ class Receiver:
 
     def missed(self, header: Header) -> None:
         """Data that had no place is asked for again: it came right behind a HELLO, before its connection was part of the link, or, coded,
-        while as much as the credit allows was still being decoded."""
+        while as much as may be was being decoded."""
         if self._finished.done() or self._into is None:
             return
         slot, stop = (header.layer, header.tensor), header.offset + header.length

@@ -13,7 +13,7 @@ from kvtransport import coding, compression
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
 from kvtransport.engine.base import Odd, Placed
-from kvtransport.errors import IntegrityError, PeerLostError, ProtocolError, TransferCancelledError
+from kvtransport.errors import IntegrityError, LimitError, PeerLostError, ProtocolError, TransferCancelledError
 from kvtransport.flow.spilling import SpillPolicy
 from kvtransport.io.memory import MemoryNetwork
 from kvtransport.manifest import Manifest, new_transfer_id
@@ -309,6 +309,55 @@ async def test_place_keeps_the_rules_of_claims(pair):
         await receiver.sealed()
     assert place(200, b"f" * 100) is Placed.LOST
     assert not target[100:].any()
+
+
+async def test_copies_of_coded_chunks_cost_no_credit_and_what_is_beyond_it_is_refused(pair, monkeypatch):
+    await pair.start()
+    data, n = PageList.of(bf16(160_000, 1)), 40_000
+    manifest = Manifest.of_objects([data.nbytes], transfer=new_transfer_id())
+    slot = (manifest.extents[0].layer, manifest.extents[0].tensor)
+    target = PageList.of(np.zeros(data.nbytes, np.uint8))
+    receiver = pair.consumer.expect(
+        manifest.transfer, Expectation(grant=lambda m: {slot: target}, window_bytes=2 * n, deadline_s=20.0)
+    )
+    sender = pair.link.open(manifest)
+    await receiver.opened()
+    held: list[asyncio.Future] = []
+    monkeypatch.setattr(
+        pair.consumer, "work", lambda run, payload: held.append(asyncio.get_running_loop().create_future()) or held[-1]
+    )
+    asked: list = []
+    monkeypatch.setattr(receiver, "_ask", asked.extend)
+
+    def coded(i: int) -> None:
+        payload = compression.encode(data.slice(i * n, i * n + n), compression.Codec.LZ4)
+        head = Header(FrameType.DATA, Flag.CODED, manifest.transfer, *slot, i, i * n, len(payload), 0, 0)
+        receiver.on_coded(head, payload)
+
+    coded(0)
+    coded(1)
+    coded(0)
+    assert len(held) == 2, "a copy of what is being decoded"
+    whole = Header(FrameType.DATA, Flag.CODED, manifest.transfer, *slot, 9, 0, 0, 0, 0)
+    assert receiver._into.place(whole, bytearray(data.slice(0, n).tobytes())) is Placed.DONE  # by another connection
+    coded(0)
+    assert len(held) == 2, "a copy of what is in its place"
+    coded(2)
+    assert asked == [(*slot, 2 * n, 3 * n)], "within the credit, but what is held is bounded too"
+    held[0].set_result(bytearray(data.slice(0, n).tobytes()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    coded(2)
+    assert len(held) == 3
+    assert receiver.stats.duplicate_bytes == 2 * n
+    coded(3)
+    with pytest.raises(LimitError, match="more coded bytes than its credit of 80000"):
+        await receiver.sealed()
+    assert target.tobytes() == data.slice(0, n).tobytes() + bytes(3 * n)
+    for future in held[1:]:
+        future.cancel()
+    await sender.first_of(asyncio.get_running_loop().create_future())
+    assert isinstance(sender.error, LimitError)
 
 
 async def test_a_fast_link_is_left_alone():

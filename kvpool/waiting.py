@@ -29,7 +29,8 @@ class Waiting:
         waiting.append(future)
         self._count += 1
         try:
-            await asyncio.wait_for(future, seconds)
+            async with asyncio.timeout(seconds):  # not wait_for, which in Python 3.11 may swallow a cancellation
+                await future
         except TimeoutError:
             raise DeadlineError(f"no put of request {request.hex()} began within {seconds:.1f} s") from None
         finally:

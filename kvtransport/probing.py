@@ -152,7 +152,8 @@ class Advertised:
         if not self.address:
             return False
         try:
-            await asyncio.wait_for(asyncio.shield(self._told), timeout_s)
+            async with asyncio.timeout(timeout_s):  # not wait_for, which in Python 3.11 may swallow a cancellation
+                await asyncio.shield(self._told)
         except TimeoutError:
             return False
         if self.error is not None:

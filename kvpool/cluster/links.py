@@ -18,6 +18,7 @@ from kvtransport.link import Link
 
 from .members import Member
 from .suspects import Suspects
+from .tasks import end
 
 
 class NodeLinks:
@@ -141,15 +142,12 @@ class NodeLinks:
 
     async def _drop(self, node: str) -> None:
         _, task = self._tasks.pop(node)
-        if not task.done():
-            task.cancel()
-        client = None
-        try:
-            client = await task
-        except (KVError, asyncio.CancelledError):
-            if not task.done() or (not task.cancelled() and task.exception() is None):
-                raise
-        if client is not None:
+        await end([task])
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, KVError):
+            raise error
+        if error is None and not task.cancelled():
+            client = task.result()
             for key in [k for k in self._opened if k[0] is client]:
                 self._opened.pop(key).cancel()
             await client.close()

@@ -13,6 +13,7 @@ Nothing is read, changed and written back: every field has one writer, so no scr
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from kvtransport.errors import ConfigError, ProtocolError
 
 from .members import Member, Snapshot
 from .segments import PLACE_BYTES, TAG_BYTES
+from .tasks import end
 
 DEFAULT_NAME = "kvpool"
 T = TypeVar("T")
@@ -67,6 +69,7 @@ class ValkeyDirectory:
         self._epoch_key, self._nodes_key, self._node_key = prefix + b"epoch", prefix + b"nodes", prefix + b"node:"
         self._segment_key = f"kvp:{name}:".encode()
         self._name = name
+        self._asking: set[asyncio.Task[Any]] = set()
 
     async def beat(self, member: Member, ttl_s: float) -> bytes:
         pipe = self._client.pipeline(transaction=False)
@@ -135,6 +138,7 @@ class ValkeyDirectory:
         return out
 
     async def close(self) -> None:
+        await end(self._asking)
         await self._client.aclose()
         manager = getattr(getattr(self._client, "connection_pool", None), "sentinel_manager", None)
         for sentinel in () if manager is None else manager.sentinels:
@@ -143,10 +147,26 @@ class ValkeyDirectory:
     async def _ask(self, work: Awaitable[T]) -> T:
         from redis.exceptions import RedisError
 
-        try:
+        # In a task of its own: redis-py waits by asyncio.wait_for, which in Python 3.11 swallows a cancellation that comes together with what
+        # it waits for. Whoever asks would then go on, past its deadline too: a timeout cancels once.
+        async def ask() -> T:
             return await work
+
+        asking = asyncio.get_running_loop().create_task(ask(), name="ask the directory")
+        self._asking.add(asking)
+        asking.add_done_callback(self._answered)
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            asking.cancel()
+            raise
         except (RedisError, OSError, TimeoutError) as error:
             raise self._explained(error) from error
+
+    def _answered(self, asking: asyncio.Task[Any]) -> None:
+        self._asking.discard(asking)
+        if not asking.cancelled():
+            asking.exception()  # looked at, also when nobody waits any more
 
     def _explained(self, error: Exception) -> DirectoryError:
         """What to do about it, where somebody must do something; what passes by itself is retryable."""

@@ -15,13 +15,15 @@ import pytest
 
 from kvpool import certs
 from kvpool.cluster.links import NodeLinks
+from kvpool.cluster.members import Member
 from kvpool.cluster.pool import ClusterPool, open_placement
-from kvpool.cluster.valkey import open_directory, rights
+from kvpool.cluster.valkey import ValkeyDirectory, open_directory, rights
 from kvpool.errors import DirectoryError
 from kvpool.keys import KeyChain
 from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import ConfigError, KVError
 from tests.clusterkit import CUT, STEP, TTL_S, Node, get, put, running
+from tests.conftest import no_tasks_left
 from tests.integration.test_cluster import SEGMENT, tokens, use
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -178,6 +180,34 @@ async def test_who_may_not_is_told_what_is_missing(users, who, name, message):
         await node.start(directory)
     await node.stop()
     await directory.close()
+
+
+async def test_a_lookup_that_is_cancelled_is_cancelled():
+    """Also when the client library loses the cancellation: a timeout around a lookup cancels once, and would not be heard of again."""
+
+    class Deaf:
+        answer = asyncio.Event()
+
+        async def get(self, key: bytes) -> bytes | None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(30)
+            await self.answer.wait()
+            return None
+
+        async def aclose(self) -> None:
+            pass
+
+    client = Deaf()
+    directory = ValkeyDirectory(client)
+    began = time.monotonic()
+    member = Member(id="n", incarnation=bytes(16), cluster="c", addresses=("127.0.0.1:1",), capacity=0)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await directory.leave(member)
+    assert time.monotonic() - began < 5
+    client.answer.set()
+    await directory.close()
+    await no_tasks_left()
 
 
 async def test_unknown_options_of_a_sentinel_are_refused():

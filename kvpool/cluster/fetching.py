@@ -121,10 +121,11 @@ class Fetcher:
             raise error
 
         filling = asyncio.get_running_loop().create_task(fill(), name="pull")
-        # Nothing of the memory is free before nothing writes there any more: not even when the put's time is up.
+
         def stop(error: KVError) -> None:
             filling.cancel()
 
+        # Nothing of the memory is free before nothing writes there any more: not even when the put's time is up.
         put.on_failed = stop
         try:
             await asyncio.wait([filling])

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from kvpool.cluster.pulling import Pulled
 from kvpool.keys import KeyChain, Namespace
 from kvpool.match import Match
 from kvtransport.errors import ConfigError
 
 from .router import Decision, Path, Request
+
+if TYPE_CHECKING:
+    from kvpool.cluster.pulling import Pulled
 
 
 class Clusters(Protocol):

@@ -14,7 +14,10 @@ import time
 import pytest
 
 import kvpool
+from kvpool import KeyChain
 from kvpool.errors import MissError
+from kvtransport import presets
+from kvtransport.buffers import PageList
 from kvtransport.errors import ConfigError, KVError
 from tests.clusterkit import CUT, STEP, Server, free_port, get, put, running
 from tests.conftest import no_tasks_left
@@ -171,6 +174,57 @@ async def test_drain_by_command(world):
     nobody = await loop.run_in_executor(None, cli, "drain", "n9", "-d", url)
     assert nobody.returncode == 2
     assert "there are n2, n3" in nobody.stderr
+    await no_tasks_left()
+
+
+async def test_pull_by_command(world, tmp_path):
+    server, _ = world
+    url = f"valkey://127.0.0.1:{server.port}?name=processes"
+    prompt = tokens(50)
+    (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+    asked = ["cluster", "pull", "-d", url, "--model", "qwen3-235b", "--block-tokens", "16"]
+    asked += ["--tokens", str(tmp_path / "prompt.json")]
+    loop = asyncio.get_running_loop()
+    async with await connect(server, cluster="east") as pool:
+        ns = await pool.namespace(presets.load("qwen3-235b"), 16)
+        outgoing = await pool.put(ns, KeyChain(ns, prompt), boundary=48)
+        for extent in outgoing.manifest.extents:
+            outgoing.ready(extent.layer, extent.tensor, PageList.of(bytearray(extent.nbytes)))
+        await outgoing.seal()
+        async with asyncio.timeout(20):
+            while (await pool.match(ns, KeyChain(ns, prompt))).length != 48:
+                await asyncio.sleep(0.02)
+        total = outgoing.manifest.total_bytes
+        slow = await loop.run_in_executor(None, cli, *asked, "--into", "west", "--gbps", "0.001", "--deadline", "1")
+        assert slow.returncode == 1, slow.stderr
+        assert "0 of 48 tokens" in slow.stdout
+        assert "the deadline came first" in " ".join(slow.stdout.split())
+        done = await loop.run_in_executor(None, cli, *asked, "--into", "west", "--from", "east", "--json", "-")
+        assert done.returncode == 0, done.stderr
+        body = json.loads(done.stdout)
+        assert body.pop("seconds") > 0
+        assert body == {
+            "cluster": "west",
+            "sources": ["east"],
+            "before": 0,
+            "wanted": 48,
+            "reached": 48,
+            "parts": 1,
+            "done": 1,
+            "moved_bytes": total,
+            "refused": 0,
+            "finished": True,
+            "note": "",
+        }
+        assert "west can restore 48 tokens now (0 before)" in done.stderr
+        async with asyncio.timeout(20):
+            while 48 not in (await pool.match_across_clusters(ns, KeyChain(ns, prompt)))["west"]:
+                await asyncio.sleep(0.02)
+    again = await loop.run_in_executor(None, cli, *asked, "--into", "west")
+    assert "west has it already: 48 tokens" in again.stdout
+    wrong = await loop.run_in_executor(None, cli, *asked, "--into", "south")
+    assert wrong.returncode == 2
+    assert "there is no cluster 'south'; there are east, west" in wrong.stderr
     await no_tasks_left()
 
 

@@ -48,6 +48,8 @@ READS = ("get", "mget", "smembers", "hgetall")
 """Commands that a client sends; on the keys that :func:`rights` names."""
 WRITES = ("set", "del", "sadd", "srem", "hset", "hdel", "pexpire")
 """Commands that a node sends as well."""
+CLUSTER_RIGHTS = "+cluster|slots +command"
+"""What redis-py sends besides to a Valkey Cluster, to learn where keys are."""
 SSL_OPTIONS = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
 
 
@@ -145,7 +147,7 @@ class ValkeyDirectory:
             await sentinel.aclose()
 
     async def _ask(self, work: Awaitable[T]) -> T:
-        from redis.exceptions import RedisError
+        from redis.exceptions import RedisClusterException, RedisError
 
         # In a task of its own: redis-py waits by asyncio.wait_for, which in Python 3.11 swallows a cancellation that comes together with what
         # it waits for. Whoever asks would then go on, past its deadline too: a timeout cancels once.
@@ -160,7 +162,7 @@ class ValkeyDirectory:
         except asyncio.CancelledError:
             asking.cancel()
             raise
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             raise self._explained(error) from error
 
     def _answered(self, asking: asyncio.Task[Any]) -> None:
@@ -170,15 +172,21 @@ class ValkeyDirectory:
 
     def _explained(self, error: Exception) -> DirectoryError:
         """What to do about it, where somebody must do something; what passes by itself is retryable."""
-        from redis.exceptions import AuthenticationError, NoPermissionError
+        from redis.exceptions import AuthenticationError, NoPermissionError, RedisClusterException
 
         text = str(error)
+        if isinstance(error, RedisClusterException) and "not enabled" in text:  # said, too, of a user who may not ask for the slots
+            return DirectoryError(
+                f"the directory is no Valkey Cluster (valkey:// is the scheme of one server), or its user lacks {CLUSTER_RIGHTS}: {text}",
+                retryable=False,
+            )
         if isinstance(error, NoPermissionError) or "NOPERM" in text:
             found = re.search(r"'([a-z|]+)' command", text)
             lacks = f"the right to '{found[1]}'" if found else "the right to these keys"
             return DirectoryError(
                 f"the directory's user lacks {lacks}: a node needs ACL SETUSER USER on >PASSWORD "
-                f"{rights(self._name, writes=True)}; for a client that does not join, {rights(self._name, writes=False)}",
+                f"{rights(self._name, writes=True)}; for a client that does not join, {rights(self._name, writes=False)}; "
+                f"in a Valkey Cluster {CLUSTER_RIGHTS} as well",
                 retryable=False,
             )
         if isinstance(error, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:

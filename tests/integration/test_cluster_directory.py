@@ -17,7 +17,7 @@ from kvpool import certs
 from kvpool.cluster.links import NodeLinks
 from kvpool.cluster.members import Member
 from kvpool.cluster.pool import ClusterPool, open_placement
-from kvpool.cluster.valkey import ValkeyDirectory, open_directory, rights
+from kvpool.cluster.valkey import CLUSTER_RIGHTS, ValkeyDirectory, open_directory, rights
 from kvpool.errors import DirectoryError
 from kvpool.keys import KeyChain
 from kvtransport.endpoint import EndpointConfig
@@ -133,6 +133,28 @@ def url(server, who: str, name: str = "mine") -> str:
 
 async def test_a_user_with_the_rights_of_a_node_is_enough(users):
     await use(open_directory(url(users, "kvpoold:kvpoold-secret"), timeout_s=2.0))
+
+
+async def test_a_user_of_a_valkey_cluster():
+    (more,) = re.findall(r"a Valkey Cluster's users also need `([^`]*)`", DOCS.read_text())
+    assert more == CLUSTER_RIGHTS
+    with running("--cluster-enabled", "yes") as server:
+        assert "OK" in server.command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+        async with asyncio.timeout(10):
+            while "cluster_state:ok" not in server.command("CLUSTER", "INFO"):
+                await asyncio.sleep(0.05)
+        where = url(server, "kvpoold:secret").replace("valkey://", "valkey+cluster://")
+        for extra, lacks in (("", "no Valkey Cluster"), ("+cluster|slots", "the right to 'command'"), (more, "")):
+            assert "OK" in server.command(f"{documented('kvpoold', 'secret', 'mine')} {extra}")
+            directory = open_directory(where, timeout_s=2.0)
+            if not lacks:
+                await use(directory)
+                continue
+            with pytest.raises(DirectoryError, match=lacks) as told:
+                await directory.snapshot()
+            assert CLUSTER_RIGHTS in told.value.message
+            assert not told.value.retryable
+            await directory.close()
 
 
 async def test_a_client_needs_less_and_gets_no_more(users):

@@ -7,16 +7,18 @@ when the emulator and whatever runs inside them are, however that comes about.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ..errors import ConfigError
-from .compiled import program
+from .compiled import SOURCES, program
 from .crew import Crew, Process
 
-START_S = 30.0
-ANSWER_S = 10.0
+START_S = 60.0
+ANSWER_S = 30.0
 TUN = Path("/dev/net/tun")
 HOSTS = ("10.78.0.1", "10.78.0.2")
 """Addresses of the two sides."""
@@ -64,30 +66,35 @@ def why_not() -> str | None:
     return None
 
 
-class EmulatedLink:
-    """Two namespaces and the link between them; use as a context manager.
+class Carrier:
+    """Network namespaces, and a program (``csrc/namespaces.h``) that carries packets between them; use as a context manager.
 
-    ``enter(side)`` is the prefix of a command that shall run in namespace ``side``; a process started that way is
-    killed when the one that started it ends. Raises ConfigError where it cannot be (see :func:`why_not`).
+    ``enter(side)`` is the prefix of a command that shall run in namespace ``side``. A process started that way is killed when the
+    one that started it ends; the namespaces have no names and are gone when nothing runs in them. Raises ConfigError where it
+    cannot be (see :func:`why_not`).
     """
 
-    hosts = HOSTS
+    title: ClassVar[str]
+    """What messages call it."""
+    name: ClassVar[str]
+    """Of the program; its source lies in ``folder``."""
+    folder: ClassVar[Traversable] = SOURCES
 
-    def __init__(self, conditions: Conditions, *, seed: int = 1) -> None:
-        conditions.check()
-        self.conditions = conditions
-        self._seed = seed
+    def __init__(self) -> None:
         self._crew = Crew()
         self._process: Process
         self._program = ""
 
+    def arguments(self) -> Sequence[str]:
+        """What the program is started with."""
+        raise NotImplementedError
+
     def __enter__(self) -> Self:
         reason = why_not()
         if reason is not None:
-            raise ConfigError(f"cannot emulate a link: {reason}")
-        self._program = str(program("emulator", headers=("namespaces.h",)))
-        words = self.conditions.words().split()
-        self._process = self._crew.start("link emulator", [self._program, "link", *words, str(self._seed)])
+            raise ConfigError(f"cannot make network namespaces: {reason}")
+        self._program = str(program(self.name, headers=("namespaces.h",), folder=self.folder))
+        self._process = self._crew.start(self.title, [self._program, *self.arguments()])
         try:
             self._crew.wait(self._process, "ready", START_S)
         except BaseException:
@@ -105,19 +112,44 @@ class EmulatedLink:
     def enter(self, side: int) -> tuple[str, ...]:
         return (self._program, "enter", str(self.pid), str(side))
 
+    def say(self, command: str) -> None:
+        """A line to the program."""
+        self._process.say(command)
+
+    def answer(self, event: str) -> dict[str, Any]:
+        """Its next answer, which must be this one."""
+        return self._crew.wait(self._process, event, ANSWER_S)
+
+    def close(self) -> None:
+        """End the program; the namespaces end with what runs in them. Idempotent."""
+        self._crew.close()
+
+
+class EmulatedLink(Carrier):
+    """Two namespaces and the link between them."""
+
+    title = "link emulator"
+    name = "emulator"
+    hosts = HOSTS
+
+    def __init__(self, conditions: Conditions, *, seed: int = 1) -> None:
+        conditions.check()
+        super().__init__()
+        self.conditions = conditions
+        self._seed = seed
+
+    def arguments(self) -> Sequence[str]:
+        return ["link", *self.conditions.words().split(), str(self._seed)]
+
     def change(self, conditions: Conditions) -> None:
         """From now on the link is like this; what is on its way arrives as it would have."""
         conditions.check()
-        self._process.say("set " + conditions.words())
-        self._crew.wait(self._process, "changed", ANSWER_S)
+        self.say("set " + conditions.words())
+        self.answer("changed")
         self.conditions = conditions
 
     def stats(self) -> list[dict[str, Any]]:
         """Per direction (from side 0, from side 1): packets, segments, lost, dropped, wire_bytes, longest_queue_s, held_bytes."""
-        self._process.say("stats")
-        directions: list[dict[str, Any]] = self._crew.wait(self._process, "stats", ANSWER_S)["directions"]
+        self.say("stats")
+        directions: list[dict[str, Any]] = self.answer("stats")["directions"]
         return directions
-
-    def close(self) -> None:
-        """End the emulator; the namespaces end with what runs in them. Idempotent."""
-        self._crew.close()

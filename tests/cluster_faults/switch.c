@@ -12,7 +12,6 @@
 
 #include <netinet/ip.h>
 #include <poll.h>
-#include <stdbool.h>
 #include <stdint.h>
 
 #define MAX_HOSTS 16
@@ -108,29 +107,13 @@ static bool set_line(const char *text) {
     return true;
 }
 
-/* Commands that are there now; false at the end of the input. */
-static bool obey(void) {
-    static char buffer[1 << 16];
-    static size_t used;
-    ssize_t n = read(0, buffer + used, sizeof buffer - 1 - used);
-    if (n < 0) return errno == EAGAIN || errno == EINTR;
-    if (n == 0) return false;
-    used += (size_t)n;
-    buffer[used] = 0;
-    char *end;
-    while ((end = strchr(buffer, '\n'))) {
-        *end = 0;
-        if (!strncmp(buffer, "set ", 4) && set_line(buffer + 4)) {
-            puts("{\"event\": \"changed\"}"), fflush(stdout);
-        } else if (!strcmp(buffer, "stats")) {
-            print_stats();
-        } else {
-            fprintf(stderr, "not a command: %s\n", buffer);
-            exit(2);
-        }
-        used -= (size_t)(end + 1 - buffer);
-        memmove(buffer, end + 1, used + 1);
+static bool command(const char *text) {
+    if (!strncmp(text, "set ", 4) && set_line(text + 4)) {
+        puts("{\"event\": \"changed\"}"), fflush(stdout);
+        return true;
     }
+    if (strcmp(text, "stats")) return false;
+    print_stats();
     return true;
 }
 
@@ -158,7 +141,7 @@ static void carry(void) {
         double wait = worked ? 0 : next - at;
         struct timespec t = {0, (long)(wait * 1e9)};
         ppoll(p, (nfds_t)hosts + 1, &t, NULL);
-        if (p[hosts].revents && !obey()) return;
+        if (p[hosts].revents && !obey(command)) return;
     }
 }
 
@@ -169,18 +152,7 @@ static int run(const char *count) {
         return 2;
     }
     prctl(PR_SET_TIMERSLACK, 1ul);
-    int home = open("/proc/self/ns/net", O_RDONLY);
-    for (int i = 0; i < hosts; i++) {
-        char address[32];
-        snprintf(address, sizeof address, "10.78.0.%d", i + 1);
-        int namespace;
-        device[i] = make_side(address, &namespace);
-        if (dup2(namespace, FIRST_NAMESPACE_FD + i) < 0) die("dup2");
-        close(namespace);
-    }
-    if (setns(home, CLONE_NEWNET)) die("coming back");
-    close(home);
-    fcntl(0, F_SETFL, O_NONBLOCK);
+    make_sides(hosts, device);
     puts("{\"event\": \"ready\"}"), fflush(stdout);
     carry();
     return 0;

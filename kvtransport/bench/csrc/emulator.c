@@ -20,7 +20,6 @@
 #include <netinet/ip.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <stdbool.h>
 #include <stdint.h>
 
 #define WIRE_OVERHEAD 38 /* Ethernet header, check sequence, preamble and gap of every segment */
@@ -48,6 +47,7 @@ static struct {
     double delay_s, bits_per_s, loss, queue_s;
 } link_now;
 static uint64_t random_state;
+static direction directions[2];
 
 /* -- loss ------------------------------------------------------------------------------------------------- */
 
@@ -211,7 +211,7 @@ static bool set_link(const char *text) {
     return true;
 }
 
-static void print_stats(const direction *directions) {
+static void print_stats(void) {
     printf("{\"event\": \"stats\", \"directions\": [");
     for (int i = 0; i < 2; i++) {
         const direction *d = &directions[i];
@@ -223,34 +223,18 @@ static void print_stats(const direction *directions) {
     fflush(stdout);
 }
 
-/* Commands that are there now; false at the end of the input. */
-static bool obey(direction *directions) {
-    static char buffer[1024];
-    static size_t used;
-    ssize_t n = read(0, buffer + used, sizeof buffer - 1 - used);
-    if (n < 0) return errno == EAGAIN || errno == EINTR;
-    if (n == 0) return false;
-    used += (size_t)n;
-    buffer[used] = 0;
-    char *end;
-    while ((end = strchr(buffer, '\n'))) {
-        *end = 0;
-        if (!strncmp(buffer, "set ", 4) && set_link(buffer + 4)) {
-            for (int i = 0; i < 2; i++) directions[i].until_loss = draw_gap();
-            puts("{\"event\": \"changed\"}"), fflush(stdout);
-        } else if (!strcmp(buffer, "stats")) {
-            print_stats(directions);
-        } else {
-            fprintf(stderr, "not a command: %s\n", buffer);
-            exit(2);
-        }
-        used -= (size_t)(end + 1 - buffer);
-        memmove(buffer, end + 1, used + 1);
+static bool command(const char *text) {
+    if (!strncmp(text, "set ", 4) && set_link(text + 4)) {
+        for (int i = 0; i < 2; i++) directions[i].until_loss = draw_gap();
+        puts("{\"event\": \"changed\"}"), fflush(stdout);
+        return true;
     }
+    if (strcmp(text, "stats")) return false;
+    print_stats();
     return true;
 }
 
-static void relay(direction *directions) {
+static void relay(void) {
     static unsigned char data[sizeof(struct virtio_net_hdr) + 65536 + 64];
     double heard = 0;
     for (;;) {
@@ -279,7 +263,7 @@ static void relay(direction *directions) {
         struct timespec t = {0, (long)(wait * 1e9)};
         struct pollfd p[3] = {{directions[0].from, POLLIN, 0}, {directions[1].from, POLLIN, 0}, {0, POLLIN, 0}};
         ppoll(p, 3, &t, NULL);
-        if (p[2].revents && !obey(directions)) return;
+        if (p[2].revents && !obey(command)) return;
     }
 }
 
@@ -292,20 +276,14 @@ static int run_link(char **arguments) {
         return 2;
     }
     prctl(PR_SET_TIMERSLACK, 1ul);
-    direction directions[2] = {0};
-    int home = open("/proc/self/ns/net", O_RDONLY);
+    int device[2];
+    make_sides(2, device);
     for (int i = 0; i < 2; i++) {
-        int namespace, device = make_side(i ? "10.78.0.2" : "10.78.0.1", &namespace);
-        if (dup2(namespace, FIRST_NAMESPACE_FD + i) < 0) die("dup2");
-        close(namespace);
-        directions[i].from = device, directions[1 - i].to = device;
+        directions[i].from = device[i], directions[i].to = device[1 - i];
         directions[i].until_loss = draw_gap();
     }
-    if (setns(home, CLONE_NEWNET)) die("coming back");
-    close(home);
-    fcntl(0, F_SETFL, O_NONBLOCK);
     puts("{\"event\": \"ready\"}"), fflush(stdout);
-    relay(directions);
+    relay();
     return 0;
 }
 

@@ -15,6 +15,7 @@
 #include <net/if.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -82,6 +83,46 @@ static int make_side(const char *address, int *namespace) {
         die("making a TUN device");
     configure("emu0", address);
     return device;
+}
+
+/* HOSTS namespaces with their devices, the first at 10.78.0.1; their descriptors stay open under numbers from FIRST_NAMESPACE_FD on.
+ * This process is where it was afterwards, and does not wait for its input. */
+static void make_sides(int hosts, int *devices) {
+    int home = open("/proc/self/ns/net", O_RDONLY);
+    for (int i = 0; i < hosts; i++) {
+        char address[32];
+        snprintf(address, sizeof address, "10.78.0.%d", i + 1);
+        int namespace;
+        devices[i] = make_side(address, &namespace);
+        if (dup2(namespace, FIRST_NAMESPACE_FD + i) < 0) die("dup2");
+        close(namespace);
+    }
+    if (setns(home, CLONE_NEWNET)) die("coming back");
+    close(home);
+    fcntl(0, F_SETFL, O_NONBLOCK);
+}
+
+/* Have `command` obey the lines that have come on standard input; one that it does not know ends the program. False at the end of the
+ * input. */
+static bool obey(bool (*command)(const char *line)) {
+    static char buffer[1 << 16];
+    static size_t used;
+    ssize_t n = read(0, buffer + used, sizeof buffer - 1 - used);
+    if (n < 0) return errno == EAGAIN || errno == EINTR;
+    if (n == 0) return false;
+    used += (size_t)n;
+    buffer[used] = 0;
+    char *end;
+    while ((end = strchr(buffer, '\n'))) {
+        *end = 0;
+        if (!command(buffer)) {
+            fprintf(stderr, "not a command: %s\n", buffer);
+            exit(2);
+        }
+        used -= (size_t)(end + 1 - buffer);
+        memmove(buffer, end + 1, used + 1);
+    }
+    return true;
 }
 
 static int enter(char **arguments) {

@@ -556,7 +556,7 @@ async def test_an_operators_pool_tells_of_other_tenants(served, hybrid):
     ns = await client.namespace(hybrid, 64)
     chain = KeyChain(ns, tokens(700))
     assert {g.ended_by for g in (await client.explain(ns, chain)).groups} == {Reason.NEVER_STORED}
-    served.server._explain_tenants = True
+    served.server.lookups.explain_tenants = True
     assert {g.ended_by for g in (await client.explain(ns, chain)).groups} == {Reason.OTHER_TENANT}
 
 

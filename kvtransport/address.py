@@ -10,9 +10,10 @@ from .errors import ConfigError
 def parse_address(address: str) -> tuple[str, int]:
     """Host and port of "HOST:PORT" or "[HOST]:PORT". Raises ConfigError."""
     host, _, port = address.rpartition(":")
+    host = host.strip("[]")
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65_536:
         raise ConfigError(f"{address!r} is not an address: write HOST:PORT, such as 127.0.0.1:7777")
-    return host.strip("[]"), int(port)
+    return host, int(port)
 
 
 def same_host(one: str, other: str) -> bool:

@@ -113,17 +113,23 @@ def _compress(codec: Codec, plane: bytearray) -> bytes:
 
 def _decompress(codec: Codec, coded: memoryview, nbytes: int) -> bytes:
     try:
-        if codec is Codec.LZ4:
-            plane = lz4.block.decompress(coded, uncompressed_size=nbytes)
-        else:
-            plane = _contexts().decompressor.decompress(coded, max_output_size=nbytes)
-    except ConfigError:
+        plane = lz4.block.decompress(coded, uncompressed_size=nbytes) if codec is Codec.LZ4 else _inflate(coded, nbytes)
+    except (ConfigError, ProtocolError):
         raise
     except Exception as error:
         raise ProtocolError(f"a coded plane cannot be decoded: {error}") from error
     if len(plane) != nbytes:
         raise ProtocolError(f"a coded plane has {len(plane)} bytes, expected {nbytes}")
     return bytes(plane)
+
+
+def _inflate(coded: memoryview, nbytes: int) -> bytes:
+    """One zstandard frame of ``nbytes``. A size that the frame names would be believed over any limit, so it is held against that first."""
+    contexts = _contexts()
+    named = contexts.content_size(coded)
+    if named not in (-1, nbytes):  # -1: it names none, as ours
+        raise ProtocolError(f"a coded plane says it has {named} bytes, expected {nbytes}")
+    return bytes(contexts.decompressor.decompress(coded, max_output_size=nbytes, allow_extra_data=False))
 
 
 class _Contexts(threading.local):
@@ -136,6 +142,7 @@ class _Contexts(threading.local):
             raise ConfigError("codec zstd needs the package 'zstandard': pip install 'kvtransport[codecs]'") from None
         self.compressor = zstandard.ZstdCompressor(level=1, write_content_size=False, write_checksum=False)
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 25)
+        self.content_size = zstandard.frame_content_size
 
 
 @cache

@@ -13,17 +13,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import atheris
+import msgspec
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-with atheris.instrument_imports(include=["kvtransport.wire", "kvtransport.manifest", "kvtransport.layout", "kvtransport.compression"]):
+# The package, but for what is full of arrays: instrumented comparisons of numpy's lose memory, some 400 bytes an execution.
+with atheris.instrument_imports(include=["kvtransport"], exclude=["kvtransport.buffers"]):
     from kvtransport import _pure
+    from kvtransport.address import parse_address, same_host
     from kvtransport.buffers import PageList
     from kvtransport.compression import BF16_PLANES, HEADER, Codec, decode, encode, raw_bytes
     from kvtransport.errors import Fault, IntegrityError, KVError
+    from kvtransport.identity import Token, TokenStore
     from kvtransport.layout import CacheGroup, CacheLayout, GroupKind, TensorSpec
     from kvtransport.manifest import Manifest
     from kvtransport.wire import bodies
@@ -48,6 +53,10 @@ LAYOUT = CacheLayout(
         CacheGroup("full", GroupKind.FULL, (1,), (TensorSpec("kv", "bfloat16", (8,)),)),
     ),
 )
+
+
+TOKEN = Token("fuzz", b"0123456789abcdef", "tenant")
+TOKENS = TokenStore([TOKEN])
 
 
 def frames(data: bytes) -> None:
@@ -81,7 +90,10 @@ def control(data: bytes) -> None:
 
 
 def handshake(data: bytes) -> None:
-    """HELLOs, as their maps, from a peer that is dialled or dials: agreed on, or refused; never half of it."""
+    """HELLOs, as their maps, from a peer that is dialled or dials: agreed on, or refused; never half of it.
+
+    Of one that is agreed on the token, which says who it is or is refused, and the address it wants to be dialled at.
+    """
     if not data:
         return
     role = Role.DIAL if data[0] & 1 else Role.ACCEPT
@@ -108,6 +120,21 @@ def handshake(data: bytes) -> None:
     else:
         machine.hello_to_send(link=hello.link)
         assert machine.ready
+    if hello.token is not None:
+        try:
+            identity = TOKENS.check(hello.token, binding=bytes(32), link=hello.link, index=hello.index)
+        except KVError:
+            assert hello.token != TOKEN.proof(bytes(32), hello.link, hello.index)
+        else:
+            assert hello.token == TOKEN.proof(bytes(32), hello.link, hello.index)
+            assert (identity.name, identity.tenant) == ("fuzz", "tenant")
+    if hello.advertised is not None:
+        address, incarnation = hello.advertised
+        host, port = parse_address(address)
+        assert host
+        assert 0 < port < 65_536
+        assert same_host(host, host)
+        assert len(incarnation) == 16
 
 
 def manifests(data: bytes) -> None:
@@ -192,6 +219,10 @@ def _repaired(payload: bytes) -> bytes:
     return with_sum(PageList.of(raw).hash())
 
 
+def _with(body: bytes, **keys: Any) -> bytes:
+    return bytes(msgspec.msgpack.encode(msgspec.msgpack.decode(body) | keys))
+
+
 def seeds(target: str) -> list[bytes]:
     """Inputs to begin with, made of what the code itself writes."""
     golden: list[bytes] = list(WIRE.GOLDEN)
@@ -203,12 +234,21 @@ def seeds(target: str) -> list[bytes]:
         return [bytes([kinds.index(h.type)]) + g[64 : 64 + h.length] for h, g in heads if h.type in kinds]
     if target == "handshake":
         hellos = [g[64:] for g in golden if unpack_header(g[:64]).type is FrameType.HELLO]
+        proved = [_with(hello, token=TOKEN.proof(bytes(32), b"L" * 16, 0)) for hello in hellos]
+        hellos += proved + [
+            _with(hello, address=address, address_incarnation=b"B" * 16)
+            for hello in proved[:1]
+            for address in ("10.0.0.1:7777", "[::ffff:127.0.0.1]:1", "localhost:65535", "node.example:80")
+        ]
         return [bytes([how]) + hello for hello in hellos for how in range(4)]
     if target == "coded":
         # Small exponents, as caches have: 0x3F80 is 1.0.
         values = [bytes(x for i in range(n) for x in (i * 37 & 255, 0x3F - (i % 3 == 0))) for n in (32, 300, 2000)]
         made = [encode(PageList.of(bytearray(v)), codec) for v in values for codec in (Codec.LZ4, Codec.ZSTD)]
+        # A zstandard frame may say how many bytes it becomes; here 4 GiB.
+        sized = b"\x28\xb5\x2f\xfd\xe0" + (1 << 32).to_bytes(8, "little") + b"\x01\x00\x00"
         return [
+            b"\0" + HEADER.pack(Codec.ZSTD, BF16_PLANES, 0, 4, len(sized), 0) + sized + b"xx",
             *(bytes([how]) + payload for payload in made if payload is not None for how in (0, 1)),
             *(bytes([how, page, 30, 0, flip]) + v for v in values for how in (2, 3) for page, flip in ((2, 0), (6, 4))),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -112,13 +113,41 @@ def test_payloads_that_are_none(payload, says):
         decode(payload)
 
 
-def test_a_bomb_does_not_go_off():
-    """A few coded bytes that claim gigabytes take no more memory than there is room for."""
+def zstd_frame(said: int) -> bytes:
+    """A frame of one empty block that says how many bytes it has."""
+    return b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", said) + b"\x01\x00\x00"
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_bomb_does_not_go_off(sized):
+    """A few coded bytes that become many take no more memory than there is room for, whether the frame says their number or not."""
     zstandard = pytest.importorskip("zstandard")
-    bomb = zstandard.ZstdCompressor(level=1).compress(bytes(64 << 20))
+    bomb = zstandard.ZstdCompressor(level=1, write_content_size=sized).compress(bytes(64 << 20))
+    payload = HEADER.pack(2, 1, 0, 4, len(bomb), 0) + bomb + b"xx"
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="says it has 67108864 bytes, expected 2" if sized else "cannot be decoded"):
+            decode(payload)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("said", [0, 1, 3, 2**31, 2**40, 2**63, 2**64 - 2, 2**64 - 1])
+def test_a_frame_that_says_another_size_is_refused(said):
+    plane = zstd_frame(said)
     with pytest.raises(ProtocolError):
-        decode(HEADER.pack(2, 1, 0, 4, len(bomb), 0) + bomb + b"xx")
-    assert struct.calcsize("<BBHIIQ") == HEADER.size
+        decode(HEADER.pack(2, 1, 0, 4, len(plane), 0) + plane + b"xx")
+
+
+def test_nothing_hides_behind_a_coded_plane():
+    coded = encode(PageList.of(bf16(3000)), Codec.ZSTD)
+    nbytes = raw_bytes(coded)
+    plane, rest = coded[HEADER.size : -nbytes // 2], coded[-nbytes // 2 :]
+    checksum = HEADER.unpack_from(coded)[5]
+    for plus in (b"x", plane):
+        with pytest.raises(ProtocolError, match="unused data"):
+            decode(HEADER.pack(2, 1, 0, nbytes, len(plane + plus), checksum) + plane + plus + rest)
 
 
 def test_codecs_of_this_process():

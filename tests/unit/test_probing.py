@@ -19,7 +19,7 @@ def test_addresses(text, parsed):
     assert parse_address(text) == parsed
 
 
-@pytest.mark.parametrize("text", ["", "host", "host:", ":1", "host:0", "host:65536", "host:-1", "host:1x", "host:٣"])
+@pytest.mark.parametrize("text", ["", "host", "host:", ":1", "host:0", "host:65536", "host:-1", "host:1x", "host:٣", "[]:1"])
 def test_what_is_no_address_is_named(text):
     with pytest.raises(ConfigError, match="HOST:PORT"):
         parse_address(text)

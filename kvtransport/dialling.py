@@ -61,7 +61,7 @@ class Handshake:
             index=index,
             count=count,
             name=config.name,
-            features=tuple(codec.feature for codec in self._endpoint.codecs),
+            features=self._endpoint.features,
             keepalive_s=config.keepalive_s,
             **more,
         )

@@ -29,6 +29,7 @@ from .flow.backoff import Backoff
 from .flow.keepalive import Keepalive, Verdict
 from .flow.stalls import Stalls
 from .flow.tuning import MOST, Tuning, window_for
+from .flow.whole import most_whole
 from .identity import Identity
 from .io.base import ByteStream
 from .manifest import Manifest
@@ -109,6 +110,9 @@ class Link:
         config = endpoint.config
         self.most_connections = config.max_connections_per_link
         first = stream.info()
+        self._whole_bytes = 0
+        if bodies.WHOLE in hello.features:
+            self._whole_bytes = most_whole(config.whole_bytes, None if first is None else first.min_rtt_s)
         self.tuner = Tuner(
             self,
             Tuning(
@@ -164,6 +168,8 @@ class Link:
     ) -> Sender:
         """Open a transfer to the peer; returns at once, units may be handed over before it is accepted.
 
+        A small one that is handed over and sealed without waiting in between takes one round trip (``whole_bytes``).
+
         ``deadline_s``: the transfer fails with DeadlineError when it is not sealed by then. ``tenant``: whose cap
         (:meth:`.endpoint.Endpoint.cap_tenant`) it counts in. Raises the link's
         error when the link has ended, ProtocolError when the transfer is open already.
@@ -182,6 +188,7 @@ class Link:
             spill=config.spill,
             area=self._endpoint.spill_area,
             coding=self._coding,
+            whole_bytes=self._whole_bytes,
         )
         self._finished.pop(manifest.transfer, None)
         self._outgoing[manifest.transfer] = sender

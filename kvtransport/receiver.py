@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from .buffers import PageList
 from .compression import decode, raw_bytes
 from .connection import AnyConnection
@@ -206,6 +208,9 @@ class Receiver:
             self.fail(error)
             return
         self._manifest = manifest
+        if body.whole is not msgspec.UNSET:
+            self._take_whole(manifest, granted, body.whole)
+            return
         self._window_bytes = self._wanted.window_bytes or link.window_bytes()
         self._into = link.lanes.incoming(
             self,
@@ -215,12 +220,7 @@ class Receiver:
             unchecked=self._wanted.allow_unchecked,
             eager=self._wanted.on_range is not None,
         )
-        self._left = {layer: sum(e.nbytes for e in es) for layer, es in manifest.by_layer.items()}
-        self._left_total = manifest.total_bytes
-        self._stats.total_bytes = manifest.total_bytes
-        self._stats.opened_s = self._loop.time()
-        self._stats.layers = {layer: LayerTimes() for layer in manifest.layers}
-        self._machine.fire(TransferEvent.SEND_ACCEPT)
+        self._begin(manifest)
         accept = bodies.Accept(credit=self._into.stats().granted, chunk_bytes=min(body.chunk_bytes, self._wanted.chunk_bytes))
         self._send(FrameType.ACCEPT, accept)
         self._opened.set_result(manifest)
@@ -228,9 +228,45 @@ class Receiver:
             if left == 0:
                 self._layer_complete(layer)
 
+    def _begin(self, manifest: Manifest) -> None:
+        self._left = {layer: sum(e.nbytes for e in es) for layer, es in manifest.by_layer.items()}
+        self._left_total = manifest.total_bytes
+        self._stats.total_bytes = manifest.total_bytes
+        self._stats.opened_s = self._loop.time()
+        self._stats.layers = {layer: LayerTimes() for layer in manifest.layers}
+        self._machine.fire(TransferEvent.SEND_ACCEPT)
+
+    def _take_whole(self, manifest: Manifest, granted: Mapping[tuple[int, int], PageList], whole: bytes) -> None:
+        """The OPEN carries all that there is, and stands for the SEAL; the answer stands for ACCEPT.
+
+        The engine never hears of this transfer, so nothing else can be writing to its memory: DATA for it is a stray. What is
+        here was verified with the frame.
+        """
+        self._begin(manifest)
+        self._machine.fire(TransferEvent.RECV_SEAL)
+        self._seal = bodies.Seal(total_bytes=manifest.total_bytes, digest=manifest.digest, chunks=1)
+        at, view = 0, memoryview(whole)
+        applied: list[Applied] = []
+        for (layer, tensor), extent in manifest.by_slot.items():
+            nbytes = extent.nbytes
+            if nbytes:
+                granted[layer, tensor].slice(0, nbytes).copy_from(PageList.of(view[at : at + nbytes]))
+                applied.append((layer, tensor, 0, nbytes, self._loop.time()))
+            at += nbytes
+        self._stats.moved_bytes, self._stats.chunks, self._stats.checksums_verified = at, 1, 1
+        self._opened.set_result(manifest)
+        for layer, left in self._left.items():
+            if left == 0:
+                self._layer_complete(layer)
+        self.on_applied(applied)
+
     def _check(self, manifest: Manifest, body: bodies.Open) -> None:
         if manifest.transfer != self.transfer:
             raise ManifestError("the manifest names another transfer than its OPEN")
+        if body.whole is not msgspec.UNSET and len(body.whole) != manifest.total_bytes:
+            raise ManifestError(
+                f"the OPEN carries {len(body.whole)} bytes, the transfer that it names has {manifest.total_bytes}"
+            )
         if body.checksum == "none" and not self._wanted.allow_unchecked:
             raise RefusedError("the producer wants to send without checksums and this side did not allow it")
         if self._wanted.layout is not None:

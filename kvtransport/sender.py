@@ -23,9 +23,11 @@ from .errors import (
     TransferError,
 )
 from .flow.spilling import SpillPolicy, WhenFull
+from .flow.whole import travels_whole
 from .manifest import Manifest
 from .spill import SpillArea, Spilled
 from .transfer import LayerTimes, TransferStats
+from .units import Unit, bytes_of
 from .wire import bodies
 from .wire.frames import Flag, FrameType, Header, decode_control, encode_control
 from .wire.ranges import RangeSet
@@ -38,65 +40,6 @@ POLL_S = 0.02
 """How often waiting units are looked at (spilling by age)."""
 EVENT_POLL_S = 0.0005
 """How often ready events of device copies are polled."""
-
-
-class Unit:
-    """A ready unit: bytes ``[start, stop)`` of an extent's byte space, and where they lie."""
-
-    __slots__ = (
-        "_free",
-        "_released",
-        "coding",
-        "event",
-        "layer",
-        "left",
-        "pages",
-        "raw",
-        "since",
-        "spilled",
-        "spilling",
-        "staged",
-        "start",
-        "stop",
-        "tensor",
-    )
-
-    def __init__(
-        self, layer: int, tensor: int, start: int, pages: PageList, since: float, event: Callable[[], bool] | None
-    ) -> None:
-        self.layer = layer
-        self.tensor = tensor
-        self.start = start
-        self.stop = start + pages.nbytes
-        self.pages = pages
-        self.since = since
-        self.event = event
-        self.spilled: Spilled | None = None
-        self.spilling: asyncio.Task[None] | None = None
-        self.coding: asyncio.Task[None] | None = None
-        self.left = 0
-        self.raw: list[tuple[int, int]] = []
-        self.staged = False
-        self._free = False
-        self._released: asyncio.Future[None] | None = None
-
-    # -- kvtransport.transfer.Handover ---------------------------------------------------------
-
-    @property
-    def done(self) -> bool:
-        return self._free
-
-    async def released(self) -> None:
-        if self._free:
-            return
-        if self._released is None:
-            self._released = asyncio.get_running_loop().create_future()
-        await asyncio.shield(self._released)
-
-    def release(self) -> None:
-        self._free = True
-        if self._released is not None and not self._released.done():
-            self._released.set_result(None)
 
 
 class Sender:
@@ -117,6 +60,7 @@ class Sender:
         spill: SpillPolicy,
         area: SpillArea,
         coding: LinkCoding | None = None,
+        whole_bytes: int = 0,
     ) -> None:
         self._link = link
         self._loop = asyncio.get_running_loop()
@@ -161,7 +105,19 @@ class Sender:
         self._stage: CodingStage | None = None
         if coding is not None and checksum:
             self._stage = CodingStage(coding, self._out, self._became, link.work, self._copies)
-        self._send_open()
+        self._capped = False
+        self._whole_bytes = whole_bytes
+        self._early: list[Unit] | None = None
+        """Until it is decided how it travels: what was handed over."""
+        self._in_open: list[Unit] | None = None
+        """Travels in its OPEN: all its units."""
+        self._wants_seal = False
+        if self._may_travel_whole():
+            self._early = []
+            # Twice: a task that was started for it has had its first turn by then.
+            self._loop.call_soon(self._loop.call_soon, self._begin)
+        else:
+            self._send_open()
 
     # -- OutgoingTransfer ----------------------------------------------------------------------
 
@@ -173,6 +129,8 @@ class Sender:
     def stats(self) -> TransferStats:
         out, stats = self._out.stats(), self._stats
         stats.chunks, stats.moved_bytes, stats.resent_bytes = out.chunks, out.moved_bytes, out.resent_bytes
+        if self._in_open is not None:
+            stats.chunks, stats.moved_bytes = 1, stats.total_bytes
         if self._stage is not None:
             stats.coded_raw_bytes, stats.coded_bytes = self._stage.raw_bytes, self._stage.coded_bytes
         stats.credit_stall_s = out.stalled_s + out.stalled_now_s
@@ -267,6 +225,7 @@ class Sender:
                 f"the first is layer {missing[0]}",
                 fault=Fault.LOCAL,
             )
+        self._wants_seal = True
         await self.accepted()
         if not self._sealing and self._machine.allows(TransferEvent.SEND_SEAL):
             self._sealing = True
@@ -284,11 +243,35 @@ class Sender:
         """Wait until ``other`` is done or the transfer has ended, whichever comes first; raises nothing."""
         await asyncio.wait({self._finished, other}, return_when=asyncio.FIRST_COMPLETED)
 
+    # -- how it travels ------------------------------------------------------------------------
+
+    def _may_travel_whole(self) -> bool:
+        total = self._manifest.total_bytes
+        if total > self._whole_bytes:
+            return False  # without making the manifest twice
+        size = len(self._manifest.encode())
+        return travels_whole(total, size, most=self._whole_bytes, capped=self._capped)
+
+    def _begin(self) -> None:
+        """Open it: with all its bytes where they are here and the producer seals it, else as any other."""
+        early, self._early = self._early, None
+        if early is None or self._finished.done():
+            return
+        if self._wants_seal and not self._pending and self._may_travel_whole():
+            self._in_open = early
+            self._send_open()
+        else:
+            self._send_open()
+            for unit in early:
+                self._add(unit)
+
     # -- handing over --------------------------------------------------------------------------
 
     def _add(self, unit: Unit) -> None:
         unit.event = None
-        if self._stage is not None:
+        if self._early is not None:
+            self._early.append(unit)
+        elif self._stage is not None:
             self._stage.add(unit)
         else:
             unit.raw.append((unit.start, unit.stop))
@@ -314,10 +297,17 @@ class Sender:
 
     def allow(self, limit: int | None) -> None:
         """Its tenant's cap lets it have sent so many bytes by now (None: there is no cap)."""
+        self._capped = limit is not None
         self._out.allow((1 << 63) - 1 if limit is None else limit)
 
     def on_frame(self, header: Header, payload: bytes) -> None:
         """A control frame of this transfer."""
+        final = header.type is FrameType.ACK and header.flags & Flag.FINAL
+        if final and self._in_open is not None and not self._accepted.done():
+            # The answer to an OPEN with all that there is: it stands for ACCEPT too, and the OPEN stood for SEAL.
+            self._machine.fire(TransferEvent.RECV_ACCEPT)
+            self._machine.fire(TransferEvent.SEND_SEAL)
+            self._accepted.set_result(None)
         self._machine.fire(TransferEvent.received(header))
         body = decode_control(header, payload, verified=True)
         match body:
@@ -332,6 +322,11 @@ class Sender:
                     self._out.accept(self._chunk_bytes, body.credit)
                     if self._stage is not None and not self._accepted.done():
                         self._stage.accept(self._chunk_bytes, body.credit, self._manifest.total_bytes)
+                    if self._in_open is not None and not self._accepted.done():
+                        # A consumer that would rather have it the long way.
+                        units, self._in_open = self._in_open, None
+                        for unit in units:
+                            self._add(unit)
                 if not self._accepted.done():
                     self._accepted.set_result(None)
             case bodies.Resume(ranges=ranges):
@@ -358,6 +353,8 @@ class Sender:
 
     def say_again(self, via: AnyConnection | None) -> None:
         """OPEN and SEAL may have been lost with a connection."""
+        if self._early is not None:
+            return  # it comes
         if not self._accepted.done():
             self._send_open(via)
         elif self._sealing:
@@ -507,6 +504,9 @@ class Sender:
 
     def _sealed(self) -> None:
         self._stats.sealed_s = self._loop.time()
+        if self._in_open is not None:
+            for times in self._stats.layers.values():
+                times.acked_s = self._stats.sealed_s
         self._finished.set_result(None)
         self._cleanup()
 
@@ -560,6 +560,7 @@ class Sender:
             chunk_bytes=self._chunk_bytes,
             priority=self.priority,
             checksum="xxh3" if self._checksum else "none",
+            whole=None if self._in_open is None else bytes_of(self._manifest, self._in_open),
         )
         self._send(FrameType.OPEN, body, via)
 
@@ -571,8 +572,10 @@ class Sender:
         self._send(FrameType.SEAL, body, via)
 
     def _send(self, kind: FrameType, body: bodies.Body, via: AnyConnection | None = None) -> None:
-        self._last = encode_control(kind, body, transfer=self.transfer)
-        self._link.send(self._last, via)
+        frame = encode_control(kind, body, transfer=self.transfer)
+        if kind in (FrameType.CANCEL, FrameType.ERROR):
+            self._last = frame
+        self._link.send(frame, via)
 
 
 def _observed(future: asyncio.Future[None]) -> None:

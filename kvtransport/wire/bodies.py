@@ -43,7 +43,14 @@ MAX_TEXT = 1024
 Bytes16 = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Bytes32 = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Token = Annotated[bytes, msgspec.Meta(min_length=1, max_length=1024)]
+MAX_WHOLE = 2**18
+"""Bytes of a transfer that travels in its OPEN."""
+
+WHOLE = "open.whole"
+"""Feature of a HELLO: its sender takes an OPEN that carries the transfer."""
+
 ManifestBytes = Annotated[bytes, msgspec.Meta(min_length=1, max_length=2**20)]
+WholeBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_WHOLE)]
 U16 = Annotated[int, msgspec.Meta(ge=0, le=2**16 - 1)]
 I32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Offset = Annotated[int, msgspec.Meta(ge=0, le=MAX_OFFSET)]
@@ -122,7 +129,8 @@ class Open(msgspec.Struct, frozen=True, kw_only=True):
     """Announces a transfer. ``manifest`` is opaque here; ``digest`` is its SHA-256 and is checked.
 
     ``deadline_s``: seconds from the arrival of the OPEN until the sender gives up. ``priority``: higher first.
-    ``chunk_bytes``: the largest DATA payload the sender wants to use.
+    ``chunk_bytes``: the largest DATA payload the sender wants to use. ``whole``: the bytes of all extents in the manifest's
+    order; the transfer is complete with them, and sealed.
     """
 
     manifest: ManifestBytes
@@ -131,6 +139,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True):
     chunk_bytes: ChunkBytes
     priority: I32 = 0
     checksum: Literal["xxh3", "none"] = "xxh3"
+    whole: WholeBytes | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         _seconds("deadline_s", self.deadline_s)
@@ -139,7 +148,14 @@ class Open(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(
-        cls, manifest: bytes, *, deadline_s: float, chunk_bytes: int, priority: int = 0, checksum: str = "xxh3"
+        cls,
+        manifest: bytes,
+        *,
+        deadline_s: float,
+        chunk_bytes: int,
+        priority: int = 0,
+        checksum: str = "xxh3",
+        whole: bytes | None = None,
     ) -> Self:
         """An OPEN whose digest is computed from ``manifest``."""
         if checksum not in ("xxh3", "none"):
@@ -151,7 +167,13 @@ class Open(msgspec.Struct, frozen=True, kw_only=True):
             chunk_bytes=chunk_bytes,
             priority=priority,
             checksum=checksum,  # type: ignore[arg-type]
+            whole=msgspec.UNSET if whole is None else whole,
         )
+
+    @property
+    def held_bytes(self) -> int:
+        """What keeping it takes, but for the fixed part."""
+        return len(self.manifest) + (0 if self.whole is msgspec.UNSET else len(self.whole))
 
 
 class Accept(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,7 +22,8 @@ from kvtransport.flow.spilling import SpillPolicy
 from kvtransport.link import Link
 from kvtransport.manifest import Manifest, new_transfer_id
 from kvtransport.receiver import Expectation, Receiver
-from kvtransport.sender import Sender, Unit
+from kvtransport.sender import Sender
+from kvtransport.units import Unit
 
 from .stage import ROOT
 

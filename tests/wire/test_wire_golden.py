@@ -109,6 +109,7 @@ def vectors() -> dict[str, bytes]:
         "open": control(
             FrameType.OPEN, Open.of(MANIFEST, deadline_s=30.0, chunk_bytes=524288, priority=-1, checksum="xxh3")
         ),
+        "open_whole": control(FrameType.OPEN, Open.of(MANIFEST, deadline_s=30.0, chunk_bytes=524288, whole=data)),
         "accept": control(FrameType.ACCEPT, Accept(credit=67108864, chunk_bytes=524288)),
         "data": chunk(data),
         "data_takeover": chunk(data, sequence=3, flags=Flag.RESEND),

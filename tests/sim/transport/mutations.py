@@ -61,11 +61,22 @@ def _merged_wrongly(self: RangeSet, start: int, stop: int) -> int:
 
 _ADD = RangeSet.add
 
+_OPEN = Sender._send_open
+
+
+def _released_when_opened(self: Sender, via: Any = None) -> None:
+    """What travels in an OPEN is given back as soon as that was said, though it may have to be said again."""
+    _OPEN(self, via)
+    for unit in self._in_open or ():
+        unit.release()
+
+
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "claim not voided on takeover": lambda: mock.patch.object(PythonIncoming, "_win", _claim_not_voided),
     "cancel not waiting": lambda: mock.patch.object(Sender, "_settle", _no_settling),
     "incarnation unchecked": lambda: mock.patch.object(dialling_module, "ConnectionMachine", _Unfenced),
     "header check skipped": lambda: mock.patch.object(connection_module, "unpack_header", _unpack_unchecked),
+    "whole transfer given back too early": lambda: mock.patch.object(Sender, "_send_open", _released_when_opened),
     "range merged wrongly": lambda: mock.patch.object(RangeSet, "add", _merged_wrongly),
 }
 

@@ -75,6 +75,8 @@ class Plan:
     """What every chunk that shrinks by it is coded with; "": nothing is coded."""
     advertise: str
     """The dialling side's word of where it is reached: "right", "nobody" listens there, "hole"; "": it says none."""
+    whole_bytes: int
+    """Transfers up to this size travel in their OPEN."""
 
     @property
     def must_seal(self) -> bool:
@@ -111,6 +113,7 @@ def make_plan(seed: int, rng: random.Random) -> Plan:
         # By the number and not by the generator: all else is as it is without them.
         codec=CODECS[seed // 4 % 2] if seed % 4 == 3 else "",
         advertise=WORDS[seed // 8 % 3] if seed % 8 in (0, 7) else "",
+        whole_bytes=1 << 17 if seed % 3 == 2 else 0,
     )
 
 

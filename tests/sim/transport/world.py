@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -24,14 +25,17 @@ from kvtransport.flow.spilling import SpillPolicy, WhenFull
 from kvtransport.link import Link
 from kvtransport.manifest import Manifest
 from kvtransport.receiver import Expectation, Receiver
-from kvtransport.sender import Sender, Unit
+from kvtransport.sender import Sender
 from kvtransport.spill import PAGE_BYTES
+from kvtransport.units import Unit
 from kvtransport.wire.frames import HEADER_BYTES, FrameType, unpack_header
 
 from .faults import inject
 from .loop import Stuck, VirtualLoop
 from .network import SimNetwork, SimStream
 from .plan import JobPlan, Plan, make_plan
+
+_COPY = PageList.copy_from
 
 POISON = 0xEE
 ADVERTISED = {"right": "d:7001", "nobody": "d:7002", "hole": "d:7003"}
@@ -179,6 +183,18 @@ class World:
             ):
                 self.violate(f"job {job.number}: {slot} {offset}..{offset + n} was written outside a live claim")
 
+    def _copied(self, target: PageList, source: PageList) -> None:
+        """A transfer that travels in its OPEN: out of the producer's memory, into the consumer's."""
+        if (read := self._sources.get(id(source.base))) is not None:
+            for offset, n in source.pieces.tolist():
+                self._check_source(*read, offset, offset + n, "copied into an OPEN")
+        if (found := self._targets.get(id(target.base))) is not None:
+            job, slot = found
+            into = job.receiver  # None: what waited is taken while it is being expected
+            if job.target_over or (into is not None and (into.error is not None or into._into is not None)):
+                self.violate(f"job {job.number}: {slot} was written out of an OPEN after the end, or beside what is received")
+        _COPY(target, source)
+
     def _submit(self, run: Any, args: tuple[Any, ...]) -> None:
         def execute() -> None:
             read = None
@@ -201,7 +217,8 @@ class World:
         asyncio.set_event_loop(None)
         try:
             try:
-                self.loop.run_until_complete(self._main())
+                with mock.patch.object(PageList, "copy_from", lambda to, source: self._copied(to, source)):
+                    self.loop.run_until_complete(self._main())
             except Stuck as stuck:
                 self.violate(f"stuck: {stuck}")
         finally:
@@ -222,6 +239,7 @@ class World:
             coding="always" if plan.codec else "auto",
             codecs=(plan.codec,) if plan.codec else (),
             advertise=ADVERTISED[plan.advertise] if plan.advertise and name == "D" else "",
+            whole_bytes=plan.whole_bytes,
             spill=SpillPolicy(
                 budget_bytes=plan.spill_pages * PAGE_BYTES,
                 when_full=WhenFull.FAIL if plan.spill_fails else WhenFull.WAIT,

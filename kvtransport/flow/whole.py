@@ -1,0 +1,28 @@
+"""Which transfers travel in their OPEN: those so small that a round trip costs more than a few copies of their bytes."""
+
+from __future__ import annotations
+
+from .tuning import SHORT_RTT_S
+
+LOCAL_BYTES = 64 << 10
+"""On a local path: more, and copies through the event loops cost more than the trip (docs/performance.md)."""
+MOST_BYTES = 256 << 10
+"""On any other, and what the wire allows."""
+MAX_MANIFEST = 64 << 10
+"""A manifest beside it has at most so many bytes."""
+
+
+def most_whole(wanted: int | None, min_rtt_s: float | None) -> int:
+    """Bytes of the largest transfer that travels whole; ``wanted``: by whoever configured this side, None: what suits the path."""
+    if wanted is not None:
+        return min(wanted, MOST_BYTES)
+    return LOCAL_BYTES if min_rtt_s is None or min_rtt_s < SHORT_RTT_S else MOST_BYTES
+
+
+def travels_whole(total_bytes: int, manifest_bytes: int, *, most: int, capped: bool) -> bool:
+    """Whether a transfer that is complete and sealed when it is opened goes with its OPEN.
+
+    ``most``: as :func:`most_whole`, 0 where the peer does not take such an OPEN. ``capped``: its tenant's rate is limited,
+    and what is in a control frame would not count.
+    """
+    return 0 < total_bytes <= most and manifest_bytes <= MAX_MANIFEST and not capped

@@ -64,7 +64,8 @@ class EndpointConfig:
     ``chunk_bytes``: of a chunk, None: what suits the path. ``link_bytes_per_s`` caps what this side sends on a link
     (:meth:`.link.Link.cap`), ``tenant_bytes_per_s`` what a tenant's transfers send together (:meth:`Endpoint.cap_tenant`).
     ``whole_bytes``: a transfer of at most so many bytes that is handed over and sealed as soon as it is opened travels in its
-    OPEN, which saves a round trip (None: what suits the path, 64 or 256 KiB; 0: none does). ``io_threads`` move the bytes of TCP connections (None: half the cores; 0: the event loop does, in Python).
+    OPEN, which saves a round trip (None: what suits the path, 64 or 256 KiB; 0: none does; 4 MiB of a link at a time).
+    ``io_threads`` move the bytes of TCP connections (None: half the cores; 0: the event loop does, in Python).
     ``coding``: lossless, of bfloat16 caches, chunk by chunk where it pays on the link now ("auto"), never ("off"), or whatever
     shrinks ("always", for tests); both sides must want it. ``codecs`` names them, first choice first; empty: those that are there.
     ``advertise``: "HOST:PORT" where others reach this process, or the one of ``advertise_incarnation``; whoever is dialled tries it

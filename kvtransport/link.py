@@ -111,7 +111,9 @@ class Link:
         self.most_connections = config.max_connections_per_link
         first = stream.info()
         self._whole_bytes = 0
-        if bodies.WHOLE in hello.features:
+        self.in_open_bytes = 0
+        """Of transfers that are on their way in their OPEN."""
+        if bodies.WHOLE in hello.features and bodies.WHOLE in endpoint.features:
             self._whole_bytes = most_whole(config.whole_bytes, None if first is None else first.min_rtt_s)
         self.tuner = Tuner(
             self,

@@ -250,7 +250,8 @@ class Sender:
         if total > self._whole_bytes:
             return False  # without making the manifest twice
         size = len(self._manifest.encode())
-        return travels_whole(total, size, most=self._whole_bytes, capped=self._capped)
+        others = self._link.in_open_bytes
+        return travels_whole(total, size, most=self._whole_bytes, capped=self._capped, others=others)
 
     def _begin(self) -> None:
         """Open it: with all its bytes where they are here and the producer seals it, else as any other."""
@@ -259,6 +260,7 @@ class Sender:
             return
         if self._wants_seal and not self._pending and self._may_travel_whole():
             self._in_open = early
+            self._link.in_open_bytes += self._manifest.total_bytes
             self._send_open()
         else:
             self._send_open()
@@ -325,6 +327,7 @@ class Sender:
                     if self._in_open is not None and not self._accepted.done():
                         # A consumer that would rather have it the long way.
                         units, self._in_open = self._in_open, None
+                        self._link.in_open_bytes -= self._manifest.total_bytes
                         for unit in units:
                             self._add(unit)
                 if not self._accepted.done():
@@ -544,6 +547,10 @@ class Sender:
         # A half-sent frame of this transfer must not read its source again.
         self._out.close()
         self._units.clear()
+        self._early = None
+        if self._in_open is not None:
+            self._in_open = []
+            self._link.in_open_bytes -= self._manifest.total_bytes
         for unit in list(self._live.values()):
             self._forget(unit)
 

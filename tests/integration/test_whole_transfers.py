@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 
 import pytest
@@ -10,12 +11,19 @@ import pytest
 from kvtransport.buffers import PageList
 from kvtransport.endpoint import Endpoint, EndpointConfig
 from kvtransport.errors import Fault, KVError, LimitError, ManifestError, RefusedError, TransferCancelledError
-from kvtransport.flow.whole import LOCAL_BYTES, MAX_MANIFEST, MOST_BYTES, most_whole, travels_whole
+from kvtransport.flow.whole import (
+    LOCAL_BYTES,
+    MAX_MANIFEST,
+    MOST_BYTES,
+    TOGETHER_BYTES,
+    most_whole,
+    travels_whole,
+)
 from kvtransport.io.memory import MemoryNetwork
-from kvtransport.io.tcp import TcpNetwork
 from kvtransport.link import Link
 from kvtransport.manifest import Manifest, new_transfer_id
 from kvtransport.receiver import Expectation
+from kvtransport.tls import TlsConfig
 from kvtransport.wire import bodies
 from kvtransport.wire.frames import FrameType, Limits, encode_control
 from tests.conftest import no_tasks_left
@@ -28,8 +36,8 @@ CONFIG = EndpointConfig(keepalive_s=30.0, dead_after_s=60.0)
 class Ends:
     """Two endpoints, a link, and the transfers' frames that each side sent, by type."""
 
-    def __init__(self, network, monkeypatch) -> None:
-        self.network = network
+    def __init__(self, network, monkeypatch, producer=None, consumer=None) -> None:
+        self.network, self.config = network, (producer or {}, consumer or {})
         self.said: list[str] = []
         send = Link.send
 
@@ -41,8 +49,10 @@ class Ends:
         monkeypatch.setattr(Link, "send", noted)
 
     async def start(self, producer: EndpointConfig = CONFIG, consumer: EndpointConfig = CONFIG) -> Ends:
-        self.producer = Endpoint(producer, network=self.network)
-        self.consumer = Endpoint(consumer, network=self.network)
+        self.producer, self.consumer = (
+            Endpoint(dataclasses.replace(config, **more), network=self.network)
+            for config, more in zip((producer, consumer), self.config, strict=True)
+        )
         host, port = await self.consumer.listen("127.0.0.1", 0)
         self.link = await self.producer.connect(host, port, connections=2)
         return self
@@ -91,9 +101,15 @@ class Transfer:
         return not any(self.memory)
 
 
-@pytest.fixture(params=["tcp", "memory"])
-async def ends(request, monkeypatch):
-    ends = Ends(TcpNetwork() if request.param == "tcp" else MemoryNetwork(), monkeypatch)
+@pytest.fixture(params=["tcp", "tls", "event loop", "memory"])
+async def ends(request, monkeypatch, pki):
+    network = MemoryNetwork() if request.param == "memory" else None
+    config = [{}, {}]
+    if request.param == "tls":
+        config = [{"tls": TlsConfig(pki / "ca.pem", pki / f"{who}.pem", pki / f"{who}.key")} for who in ("alice", "n1")]
+    if request.param == "event loop":
+        config = [{"io_threads": 0}] * 2
+    ends = Ends(network, monkeypatch, *config)
     yield ends
     await ends.producer.close()
     await ends.consumer.close()
@@ -129,13 +145,15 @@ async def test_a_task_that_seals_in_its_first_turn_is_early_enough(ends):
     assert ends.said == ["OPEN", "ACK"]
 
 
-@pytest.mark.parametrize("why", ["large", "late unit", "late seal", "event", "switched off", "peer has small limits", "capped"])
+@pytest.mark.parametrize("why", ["large", "late unit", "late seal", "event", "switched off", "peer has small limits", "own small limits", "capped"])
 async def test_any_other_goes_the_long_way(ends, why):
     producer, consumer = CONFIG, CONFIG
     if why == "switched off":
         producer = EndpointConfig(whole_bytes=0)
     if why == "peer has small limits":
         consumer = EndpointConfig(limits=Limits(open=64 << 10))
+    if why == "own small limits":
+        producer = EndpointConfig(limits=Limits(open=64 << 10))
     if why == "capped":
         producer = EndpointConfig(tenant_bytes_per_s={"t": 1e9})
     await ends.start(producer, consumer)
@@ -190,6 +208,27 @@ async def test_what_waits_is_bounded_in_bytes(ends):
     for transfer in transfers:
         await transfer.sender.cancel()
     await asyncio.gather(*sealing, return_exceptions=True)
+
+
+async def test_of_many_at_once_some_go_the_long_way(ends):
+    """What is copied, and needs no credit, is bounded; and what it was counted as is given back, however it ends."""
+    await ends.start(consumer=EndpointConfig(max_waiting_opens=10_000))
+    n = TOGETHER_BYTES // LOCAL_BYTES + 3
+    transfers = [ends.transfer(LOCAL_BYTES, expected=False) for _ in range(n)]
+    for transfer in transfers:
+        transfer.open()
+    sealing = [asyncio.ensure_future(transfer.sender.seal()) for transfer in transfers]
+    while len(ends.consumer._waiting) < n:
+        await asyncio.sleep(0.001)
+    assert ends.link.in_open_bytes == TOGETHER_BYTES
+    await transfers[0].sender.cancel()
+    for transfer in transfers[1:]:
+        transfer.expect()
+    await asyncio.gather(*(transfer.arrives() for transfer in transfers[1:]))
+    await asyncio.gather(*sealing, return_exceptions=True)
+    assert ends.said.count("ACCEPT") == ends.said.count("SEAL") == 3
+    assert ends.link.in_open_bytes == 0
+    assert all(transfer.sender._in_open in (None, []) for transfer in transfers)
 
 
 @pytest.mark.parametrize("what", ["grant", "seal"])
@@ -272,6 +311,7 @@ async def test_a_consumer_that_would_rather_have_it_the_long_way(ends, monkeypat
     transfer.open()
     await transfer.arrives()
     assert {"OPEN", "ACCEPT", "SEAL"} <= set(ends.said)
+    assert ends.link.in_open_bytes == 0
 
 
 async def test_repeated_it_is_answered_again(ends):
@@ -296,3 +336,5 @@ def test_how_much_travels_whole():
     assert not travels_whole(0, 10, **fits)
     assert not travels_whole(100, MAX_MANIFEST + 1, **fits)
     assert not travels_whole(100, 10, most=100, capped=True)
+    assert travels_whole(100, 10, others=TOGETHER_BYTES - 100, **fits)
+    assert not travels_whole(100, 10, others=TOGETHER_BYTES - 99, **fits)

@@ -39,6 +39,19 @@ def rules_of(layout: CacheLayout) -> tuple[GroupRule, ...]:
     return tuple(GroupRule(g.name, g.kind, g.window) for g in layout.groups)
 
 
+def unit_numbers(rules: Sequence[GroupRule]) -> list[int]:
+    """The unit of each group: what is kept and evicted together (see :mod:`kvpool.index`). Announced entries number their bits so."""
+    out: list[int] = []
+    joint: dict[GroupKind, int] = {}
+    count = 0
+    for rule in rules:
+        if rule.kind not in joint or rule.kind is GroupKind.SLIDING:
+            joint[rule.kind] = count
+            count += 1
+        out.append(joint[rule.kind])
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class Tail:
     """An off-grid checkpoint at ``position`` tokens; ``resident[g]``: group g's partial block, or its state, is there."""

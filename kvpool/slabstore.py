@@ -7,7 +7,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .arena import BlockClass, Slabs
+from kvtransport.layout import GroupKind
+
+from .arena import BlockClass, PageArena, Slabs
 from .columns import Column
 
 Nodes = NDArray[np.int32]
@@ -92,3 +94,10 @@ class FewNodes:
     @property
     def nbytes(self) -> int:
         return self._store.nbytes + 120 * len(self._row_of)
+
+
+def new_store(kind: GroupKind, arena: PageArena, unit_bytes: int, block_tokens: int) -> SlabStore:
+    """The store for a group of ``kind``: ``unit_bytes`` a state, or a token."""
+    if kind is GroupKind.RECURRENT:
+        return FewNodes(BlockClass.STATE, arena.pages_for(unit_bytes))
+    return EveryNode(BlockClass.PREFIX, arena.pages_for(unit_bytes * block_tokens))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from kvpool.index import ROOT, Nodes, Tree, Watcher
+from kvpool.index import ROOT, Nodes, Residency, Watcher
 
 from .entries import Draft
 from .segments import SEGMENT_BLOCKS, segment_key
@@ -46,13 +46,13 @@ class Announcer:
 
     # -- watching --------------------------------------------------------------------------------
 
-    def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+    def stored(self, tree: Residency, unit: int, nodes: Nodes) -> None:
         self._change(tree, unit, nodes, True)
 
-    def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+    def removed(self, tree: Residency, unit: int, nodes: Nodes) -> None:
         self._change(tree, unit, nodes, False)
 
-    def _change(self, tree: Tree, unit: int, nodes: Nodes, there: bool) -> None:
+    def _change(self, tree: Residency, unit: int, nodes: Nodes, there: bool) -> None:
         step = tree.ns.block_tokens
         firsts: dict[int, int] = {}
         drafts: dict[int, Draft] = {}
@@ -81,7 +81,7 @@ class Announcer:
         return draft
 
     @staticmethod
-    def _first(tree: Tree, node: int, block: int, firsts: dict[int, int]) -> int:
+    def _first(tree: Residency, node: int, block: int, firsts: dict[int, int]) -> int:
         """The first node of the segment that ``node``, at ``block``, is in."""
         passed = []
         while block % SEGMENT_BLOCKS and node not in firsts:
@@ -166,10 +166,10 @@ class Watchers:
     def add(self, watcher: Watcher) -> None:
         self._all.append(watcher)
 
-    def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+    def stored(self, tree: Residency, unit: int, nodes: Nodes) -> None:
         for watcher in self._all:
             watcher.stored(tree, unit, nodes)
 
-    def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+    def removed(self, tree: Residency, unit: int, nodes: Nodes) -> None:
         for watcher in self._all:
             watcher.removed(tree, unit, nodes)

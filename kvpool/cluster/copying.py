@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from kvpool.core import PoolCore
 from kvpool.index import Path
 from kvpool.keys import KeyChain, Namespace
-from kvpool.match import View, restorable
+from kvpool.match import View, restorable, unit_numbers
 from kvtransport.layout import GroupKind
 
 from .entries import Entry, decode, resident, short, tails
 from .links import NodeLinks
-from .locate import Whole, unit_numbers
+from .locate import Whole
 from .members import Member
 from .pacing import Pacer
 from .peers import MAX_KEYS

@@ -14,7 +14,7 @@ import msgspec
 
 from kvpool.core import PoolCore
 from kvpool.errors import DirectoryError, MissError
-from kvpool.index import Nodes, Path, Tree
+from kvpool.index import Nodes, Path, Residency
 from kvpool.keys import KeyChain, Namespace
 from kvtransport.errors import KVError
 
@@ -91,7 +91,7 @@ class Keeper:
         self._pacer = Pacer(bytes_per_s, clock())
         self._placement = Rendezvous(cluster)
         self._demand = Demand()
-        self._fresh: dict[tuple[bytes, int], tuple[Tree, bytes]] = {}
+        self._fresh: dict[tuple[bytes, int], tuple[Residency, bytes]] = {}
         self._urgent: dict[bytes, Work] = {}
         self._queue: dict[bytes, Work] = {}
         self._tries: dict[bytes, int] = {}
@@ -103,7 +103,7 @@ class Keeper:
 
     # -- what makes work -------------------------------------------------------------------------
 
-    def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+    def stored(self, tree: Residency, unit: int, nodes: Nodes) -> None:
         if self._policy.base(tree.ns) < 2:
             return
         step = tree.ns.block_tokens
@@ -113,7 +113,7 @@ class Keeper:
             if node not in above and position >= step and len(self._fresh) < MAX_QUEUE:
                 self._fresh[tree.ns.id, node] = (tree, tree.key(unit, node))
 
-    def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+    def removed(self, tree: Residency, unit: int, nodes: Nodes) -> None:
         """What was evicted is not copied back."""
 
     def read(self, ns: Namespace, chain: KeyChain, boundary: int) -> None:

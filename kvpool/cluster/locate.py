@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpool.keys import KeyChain, Namespace
-from kvpool.match import GroupRule, Tail, View, rules_of
+from kvpool.match import Tail, View, rules_of, unit_numbers
 from kvtransport.layout import GroupKind
 
 from .entries import INCARNATION_BYTES, decode, resident, short, tails
@@ -19,19 +19,6 @@ from .segments import Segment, Unit, segments
 Found = Mapping[str, bytes]
 """Node id -> its entry of one segment."""
 Bools = NDArray[np.bool_]
-
-
-def unit_numbers(rules: Sequence[GroupRule]) -> list[int]:
-    """The index's unit of each group (see :mod:`kvpool.index`): the order in which entries number their bits."""
-    out: list[int] = []
-    joint: dict[GroupKind, int] = {}
-    count = 0
-    for rule in rules:
-        if rule.kind not in joint or rule.kind is GroupKind.SLIDING:
-            joint[rule.kind] = count
-            count += 1
-        out.append(joint[rule.kind])
-    return out
 
 
 @dataclass(frozen=True, slots=True)

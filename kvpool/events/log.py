@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from kvpool.index import ROOT, Nodes, Tree
+from kvpool.index import ROOT, Nodes, Residency
 from kvpool.security import DEFAULT_TENANT
 from kvtransport.layout import GroupKind
 
@@ -54,7 +54,7 @@ class EventLog:
         self._waiting = 0
         self._kept: deque[tuple[int, bytes]] = deque()
         self._kept_bytes = 0
-        self._trees: dict[bytes, Tree] = {}
+        self._trees: dict[bytes, Residency] = {}
         self._lost = False
         self.next = int(clock()) << 20
         """The number of the next batch. A later life of a node goes on above all of an earlier one: a restart is a gap for everybody."""
@@ -64,12 +64,12 @@ class EventLog:
 
     # -- watching --------------------------------------------------------------------------------
 
-    def stored(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+    def stored(self, tree: Residency, unit: int, nodes: Nodes) -> None:
         if tree.ns.tenant == self._tenant:
             self._trees[tree.ns.id] = tree
             self._add(_stored(tree, unit, nodes))
 
-    def removed(self, tree: Tree, unit: int, nodes: Nodes) -> None:
+    def removed(self, tree: Residency, unit: int, nodes: Nodes) -> None:
         if tree.ns.tenant == self._tenant:
             self._add(_removed(tree, unit, nodes))
 
@@ -150,11 +150,11 @@ def _size(event: Event) -> int:
     return 1 if isinstance(event, AllBlocksCleared) else len(event.block_hashes)
 
 
-def _owner(tree: Tree) -> str:
+def _owner(tree: Residency) -> str:
     return f"kvpool/{tree.ns.id.hex()[:16]}"
 
 
-def _stored(tree: Tree, unit: int, nodes: Nodes) -> list[Event]:
+def _stored(tree: Residency, unit: int, nodes: Nodes) -> list[Event]:
     """One event for every group and every run of blocks that follow each other."""
     step = tree.ns.block_tokens
     runs: list[tuple[BlockHash | None, list[BlockHash]]] = []
@@ -180,7 +180,7 @@ def _stored(tree: Tree, unit: int, nodes: Nodes) -> list[Event]:
     return out
 
 
-def _removed(tree: Tree, unit: int, nodes: Nodes) -> list[Event]:
+def _removed(tree: Residency, unit: int, nodes: Nodes) -> list[Event]:
     step = tree.ns.block_tokens
     _, positions = tree.places_of(nodes)
     gone: list[BlockHash] = [tree.key(unit, n) for n, p in zip(nodes.tolist(), positions, strict=True) if p % step == 0]

@@ -7,48 +7,29 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kvtransport.errors import KVError
-from kvtransport.layout import CacheLayout, GroupKind
 
-from .admission import CheckpointHints, hints_of_view
-from .arena import BlockClass, PageArena, Slab, Slabs
-from .deadlines import Deadlines, Lease, Timed
-from .errors import KeyChainError, LeaseError, MissError, NamespaceError, PoolLimitError, PrefixMissingError
-from .eviction import DEFAULT_POLICY, Eviction, GhostList, Policy, make_policy
-from .eviction.flops import FlopsModel
-from .flat import FlatGet, FlatPut, FlatShelf
+from .arena import BlockClass, PageArena
+from .deadlines import Lease
+from .errors import KeyChainError, LeaseError, MissError, PrefixMissingError
+from .eviction import DEFAULT_POLICY
 from .get import Get
-from .index import Nodes, Path, Selection, Tree, Watcher
-from .keys import KeyChain, Namespace, check_flat_keys, check_tenant
-from .match import Explanation, Ghost, Match, Reason, View, explain, match
-from .memory import Memory
-from .placement import Geometry, page_lists
+from .index import Selection
+from .keys import KeyChain, Namespace
+from .lookups import Lookups
+from .match import Reason
+from .placement import page_lists
 from .planning import follow, held_at, needs
 from .put import Put
 from .requests import Requests
+from .shelves import Shelves
 from .steps import Steps, run
 
-MAX_TENANTS = 1_024
-MAX_NAMESPACES = 4_096
-MAX_ACTIVE = 65_536
-"""Puts, gets and leases together."""
-MAX_FLAT_KEYS = 65_536
-"""Flat keys of one call."""
 
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What the core keeps of one namespace."""
-
-    tree: Tree
-    geometry: Geometry
-
-
-class PoolCore:
+class PoolCore(Lookups, Shelves):
     """Blocks, states, transfer-cache bytes and flat objects of many tenants over one arena.
 
     ``clock`` gives seconds and never goes back. ``tenant_quota_bytes`` limits tenants by name (pages count
@@ -66,160 +47,22 @@ class PoolCore:
         prefix_floor_bytes: int | None = None,
         policy: str = DEFAULT_POLICY,
     ) -> None:
-        self.arena = arena
-        self.clock = clock
+        super().__init__(
+            arena,
+            clock=clock,
+            tenant_quota_bytes=tenant_quota_bytes,
+            prefix_floor_bytes=prefix_floor_bytes,
+            policy=policy,
+        )
         self.on_request: Callable[[str, bytes], None] | None = None
         """Called with (tenant, request) when a put with that request begins."""
         self.on_work: Callable[[], None] | None = None
         """Called when the policy has something to learn (:meth:`kvpool.eviction.Policy.work`); without it all is learnt at once."""
-        self.watcher: Watcher | None = None
-        """Told of every change in trees made after it was set."""
-        self._eviction = Eviction(make_policy(policy), arena.total_pages)
-        self.memory = Memory(arena, self._eviction, tenant_quota_bytes, prefix_floor_bytes)
-        self._ghosts = GhostList()
-        self._rooms: dict[bytes, Room] = {}
-        self._flat: dict[str, FlatShelf] = {}
         self._requests = Requests()
         self._leases: dict[int, Lease] = {}
         self._lease_ids = itertools.count(1)
-        self._deadlines = Deadlines()
-        self._counts: Counter[str] = Counter()
-        self._misses: Counter[str] = Counter()
-        self._reach: dict[str, Counter[str]] = {}
 
-    # -- namespaces and lookups --------------------------------------------------------------------
-
-    def open_namespace(self, tenant: str, layout: CacheLayout, block_tokens: int, salt: bytes = b"") -> Namespace:
-        """The namespace of these, the same one every time. Raises KeyChainError or NamespaceError (too many)."""
-        ns = Namespace(tenant, layout, block_tokens, salt)
-        room = self._rooms.get(ns.id)
-        if room is None:
-            if len(self._rooms) >= MAX_NAMESPACES:
-                raise NamespaceError(f"the pool has {MAX_NAMESPACES} namespaces, its limit: use fewer layouts or salts")
-            self._shelf(tenant)
-            geometry = Geometry(layout)
-            tree = Tree(
-                ns,
-                self._eviction,
-                self._ghosts,
-                lambda slabs: self._free(tenant, slabs),
-                self.clock,
-                geometry,
-                self.arena,
-            )
-            tree.watcher = self.watcher
-            room = self._rooms[ns.id] = Room(tree, geometry)
-        return room.tree.ns
-
-    def match(self, ns: Namespace, chain: KeyChain, limit: int | None = None) -> Match:
-        """The restorable lengths of ``chain`` up to ``limit`` tokens; what the longest needs is now recently used.
-
-        A match never covers the chain's last token: engines must compute it.
-        """
-        tree = self._room(ns, chain).tree
-        path = tree.find(chain.blocks)
-        found = match(tree.view(chain, path), self._limit(chain, limit))
-        self._counts["matches"] += 1
-        self._counts["asked_tokens"] += found.limit
-        self._counts["matched_tokens"] += found.length
-        if found.length:
-            self._counts["hits"] += 1
-            tree.touch(tree.select(path, found.length, self._tail(tree, chain, path, found.length)))
-        else:
-            self._misses[self._miss_reason(tree, chain, path)] += 1
-        self._count_reach(tree, chain, path, found)
-        return found
-
-    def namespaces(self) -> list[Namespace]:
-        """All that are open."""
-        return [room.tree.ns for room in self._rooms.values()]
-
-    def chains(self, ns: Namespace) -> list[Path]:
-        """See :meth:`kvpool.index.Tree.chains`."""
-        return self._room(ns, None).tree.chains()
-
-    def _count_reach(self, tree: Tree, chain: KeyChain, path: Nodes, found: Match) -> None:
-        """For the statistics: how far each group reaches, and in a word what ends it (:meth:`explain` says more)."""
-        step = tree.ns.block_tokens
-        for group, rule in enumerate(tree.rules):
-            counts = self._reach.setdefault(f"{tree.ns.layout.model}/{rule.name}", Counter())
-            reach = found.reach[rule.name]
-            counts["asked_tokens"] += found.limit
-            counts["reached_tokens"] += reach
-            missing = len(path) if rule.kind is GroupKind.RECURRENT else reach // step
-            if reach >= found.limit // step * step:
-                counts[Reason.COMPLETE] += 1
-            elif rule.kind is GroupKind.RECURRENT and reach < len(path) * step:
-                counts[Reason.NO_CHECKPOINT] += 1
-            elif tree.ghost(group, chain.blocks[missing]) is not None:
-                counts[Reason.EVICTED] += 1
-            else:
-                counts[Reason.NEVER_STORED] += 1
-
-    def view(self, ns: Namespace, chain: KeyChain) -> View:
-        """What is resident of ``chain``, as the rules of :mod:`kvpool.match` take it; touches nothing."""
-        tree = self._room(ns, chain).tree
-        return tree.view(chain, tree.find(chain.blocks))
-
-    def explain(
-        self, ns: Namespace, chain: KeyChain, limit: int | None = None, *, operator: bool = False
-    ) -> Explanation:
-        """Why :meth:`match` is as long as it is; touches nothing.
-
-        Only an ``operator`` is told that another tenant has the same tokens; to a tenant they were never stored.
-        """
-        tree = self._room(ns, chain).tree
-        view = tree.view(chain, tree.find(chain.blocks))
-
-        def ghost(group: int, position: int) -> Ghost | None:
-            named = 0 < position <= chain.tokens and not (chain.opaque and position % ns.block_tokens)
-            return tree.ghost(group, chain.key_at(position)) if named else None
-
-        others = {
-            r.tree.tenant == ns.tenant
-            for r in self._rooms.values()
-            if r.tree is not tree
-            and (operator or r.tree.tenant == ns.tenant)
-            and len(r.tree)
-            and (key := chain.first_block_in(r.tree.ns)) is not None
-            and len(r.tree.find([key]))
-        }
-        elsewhere = None
-        if others:
-            elsewhere = Reason.OTHER_FINGERPRINT if True in others else Reason.OTHER_TENANT
-        return explain(view, self._limit(chain, limit), self.clock(), ghost, elsewhere=elsewhere)
-
-    @property
-    def policy(self) -> Policy:
-        """What decides who is evicted."""
-        return self._eviction.policy
-
-    def use_flops(self, ns: Namespace, flops: FlopsModel) -> None:
-        """Have ``flops`` say what prefixes of ``ns`` save (default: estimated from its layout)."""
-        self._room(ns, None).tree.flops = flops
-
-    def checkpoint_hints(self, ns: Namespace, chain: KeyChain, insists: Iterable[int] = ()) -> CheckpointHints:
-        """Where states of ``chain`` are worth taking, before it is prefilled (see :mod:`kvpool.admission`); touches nothing.
-
-        ``insists``: lengths the engine wants in any case.
-        """
-        tree = self._room(ns, chain).tree
-        path = tree.find(chain.blocks)
-        return hints_of_view(
-            tree.view(chain, path),
-            chain.tokens,
-            branches=tree.branches_after(path),
-            known=len(path),
-            off_grid=not chain.opaque,
-            insists=insists,
-        )
-
-    def has_off_grid(self, ns: Namespace, chain: KeyChain) -> bool:
-        """Whether a checkpoint off the grid lies along the known part of ``chain``."""
-        tree = self._room(ns, chain).tree
-        return tree.has_tails and tree.tails_along(tree.find(chain.blocks))
-
-    # -- putting -----------------------------------------------------------------------------------
+    # -- putting ------------------------------------------------------------------------------------
 
     def begin_put(
         self,
@@ -319,7 +162,7 @@ class PoolCore:
             self.on_request(ns.tenant, request)
         return put
 
-    # -- getting -----------------------------------------------------------------------------------
+    # -- getting ------------------------------------------------------------------------------------
 
     def plan_get(
         self,
@@ -374,27 +217,7 @@ class PoolCore:
         """Whether a put with this request has begun (and its outcome is not forgotten yet)."""
         return self._requests.known(tenant, request)
 
-    def _restorable(
-        self, tree: Tree, chain: KeyChain, length: int, *, counts: bool = True
-    ) -> tuple[Nodes, int | None, Selection]:
-        """Path, tail node and needed units of ``length``; MissError when it cannot be restored.
-
-        ``counts``: that is a miss. (A reader that came before its request's put waits for it: not yet.)
-        """
-        path = tree.find(chain.blocks)
-        lengths = match(tree.view(chain, path), length)
-        if lengths.length != length:
-            if counts:
-                self._misses[self._miss_reason(tree, chain, path)] += 1
-            raise MissError(
-                f"{length} tokens cannot be restored; the longest that can is {lengths.length} "
-                f"(groups alone: {', '.join(f'{g} {n}' for g, n in lengths.reach.items())})",
-                restorable=lengths.length,
-            )
-        tail = self._tail(tree, chain, path, length)
-        return path, tail, tree.select(path, length, tail)
-
-    # -- leases ------------------------------------------------------------------------------------
+    # -- leases -------------------------------------------------------------------------------------
 
     def lease(self, ns: Namespace, chain: KeyChain, length: int, seconds: float) -> Lease:
         """Keep what restoring ``length`` tokens needs for ``seconds``; raises MissError, PoolLimitError."""
@@ -421,60 +244,7 @@ class PoolCore:
             raise LeaseError(f"there is no lease {lease_id}: it was released, or its deadline has passed")
         lease.expire()
 
-    # -- flat objects ------------------------------------------------------------------------------
-
-    def exists(self, tenant: str, keys: Sequence[bytes]) -> list[bool]:
-        """Which flat keys of the tenant are there; touches nothing."""
-        return self._shelf(tenant).has(check_flat_keys(self._bounded(keys)))
-
-    def exists_packed(self, tenant: str, keys: bytes, lengths: bytes) -> bytes:
-        """:meth:`exists` of keys one after another, whose ``lengths`` are little-endian u16: a bit each. Raises KeyChainError."""
-        self._check_count(len(lengths) // 2)
-        return self._shelf(tenant).which(keys, lengths)
-
-    def begin_put_flat(self, tenant: str, sizes: Mapping[bytes, int], *, deadline: float) -> FlatPut:
-        """Allocate objects of ``sizes`` bytes by key; all or none. Raises KeyChainError, QuotaError, PoolFullError, PoolLimitError."""
-        return run(self.put_flat_steps(tenant, sizes, deadline=deadline))
-
-    def put_flat_steps(self, tenant: str, sizes: Mapping[bytes, int], *, deadline: float) -> Steps[FlatPut]:
-        """:meth:`begin_put_flat` in steps, as :meth:`put_steps`."""
-        shelf = self._shelf(tenant)
-        self._check_active()
-        keys = check_flat_keys(self._bounded(list(sizes)))
-        yield from self.memory.room_for(tenant, [(1, sizes[k], BlockClass.PREFIX) for k in keys])
-        self._check_active()
-        slabs = self.memory.allocate(tenant, [sizes[k] for k in keys], BlockClass.PREFIX)
-        put = FlatPut(self, shelf, dict(zip(keys, slabs, strict=True)), deadline)
-        self._deadlines.add(put)
-        self._counts["flat_puts"] += len(keys)
-        return put
-
-    def plan_get_flat(self, tenant: str, keys: Sequence[bytes], *, deadline: float) -> FlatGet:
-        """Pin the objects under ``keys`` that are there, and make them recently used."""
-        shelf = self._shelf(tenant)
-        self._check_active()
-        get = FlatGet(self, shelf, shelf.get(check_flat_keys(self._bounded(keys))), deadline)
-        hits = sum(get.found)
-        self._counts["flat_hits"] += hits
-        self._counts["flat_misses"] += len(keys) - hits
-        self._deadlines.add(get)
-        return get
-
-    def drop_flat(self, tenant: str, key: bytes, *, corrupt: bool = False) -> bool:
-        """Forget one object; ``corrupt`` when its bytes no longer have their checksum. Whether it was there."""
-        self._counts["flat_corrupt"] += corrupt
-        return self._shelf(tenant).drop(key)
-
-    # -- time, counters, clearing --------------------------------------------------------------------
-
-    def expire(self, now: float | None = None) -> int:
-        """End every put, get and lease whose deadline has passed; returns how many."""
-        return self._deadlines.expire(self.clock() if now is None else now)
-
-    @property
-    def next_deadline(self) -> float | None:
-        """When :meth:`expire` has something to do next (seconds on the pool's clock)."""
-        return self._deadlines.next
+    # -- counters, clearing -------------------------------------------------------------------------
 
     def stat(self, tenant: str | None = None) -> dict[str, Any]:
         """Sizes (bytes), entries and counters; ``tenant`` restricts groups and entries to its own."""
@@ -523,73 +293,7 @@ class PoolCore:
             count += sum(s.clear() for t, s in self._flat.items() if tenant is None or t == tenant)
         return count
 
-    # -- inside --------------------------------------------------------------------------------------
-
-    def _room(self, ns: Namespace, chain: KeyChain | None) -> Room:
-        room = self._rooms.get(ns.id)
-        if room is None:
-            raise NamespaceError(
-                f"the namespace of {ns.layout.model!r} for tenant {ns.tenant!r} is not open: open it first"
-            )
-        if chain is not None and chain.ns.id != ns.id:
-            raise KeyChainError(
-                f"the key chain belongs to another namespace ({chain.ns.layout.model!r}, {chain.ns.tenant!r})"
-            )
-        return room
-
-    def _shelf(self, tenant: str) -> FlatShelf:
-        shelf = self._flat.get(tenant)
-        if shelf is None:
-            check_tenant(tenant)
-            if len(self._flat) >= MAX_TENANTS:
-                raise NamespaceError(f"the pool has {MAX_TENANTS} tenants, its limit")
-            shelf = self._flat[tenant] = FlatShelf(tenant, self._eviction, lambda slabs: self._free(tenant, slabs))
-        return shelf
-
-    @staticmethod
-    def _limit(chain: KeyChain, limit: int | None) -> int:
-        most = max(0, chain.tokens - 1)
-        return most if limit is None else max(0, min(limit, most))
-
-    @staticmethod
-    def _tail(tree: Tree, chain: KeyChain, path: Nodes, length: int) -> int | None:
-        return tree.find_tail(chain, length, path) if length % tree.ns.block_tokens else None
-
-    @staticmethod
-    def _miss_reason(tree: Tree, chain: KeyChain, path: Nodes) -> str:
-        if len(path):
-            return str(Reason.NO_CHECKPOINT) if tree.state is not None else "incomplete"
-        if chain.blocks and any(tree.ghost(group, chain.blocks[0]) for group in range(len(tree.rules))):
-            return str(Reason.EVICTED)
-        return str(Reason.NEVER_STORED)
-
-    @staticmethod
-    def _check_count(count: int) -> None:
-        if count > MAX_FLAT_KEYS:
-            raise KeyChainError(f"{count} flat keys in one call, at most {MAX_FLAT_KEYS} are possible: split the call")
-
-    @classmethod
-    def _bounded(cls, keys: Sequence[bytes]) -> Sequence[bytes]:
-        cls._check_count(len(keys))
-        return keys
-
-    @staticmethod
-    def _check_reach(chain: KeyChain, boundary: int, points: Iterable[int]) -> None:
-        if boundary > chain.tokens:
-            raise KeyChainError(f"the key chain has {chain.tokens} tokens, the boundary is {boundary}: extend it first")
-        if not all(chain.names(p) for p in points if p % chain.ns.block_tokens):
-            raise KeyChainError(
-                f"a chain of engine hashes can only end at multiples of {chain.ns.block_tokens} tokens, got {sorted(points)}"
-            )
-
-    def _check_active(self) -> None:
-        if self._deadlines.active >= MAX_ACTIVE:
-            raise PoolLimitError(
-                f"{MAX_ACTIVE} puts, gets and leases are open, the limit: close some or try again later"
-            )
-
-    def _closed(self, timed: Timed) -> None:
-        self._deadlines.closed(timed)
+    # -- inside -------------------------------------------------------------------------------------
 
     def _put_ended(self, put: Put, error: KVError | None) -> None:
         """``put`` was committed or failed: its request is answered by the index, or with the error, from now on."""
@@ -605,6 +309,3 @@ class PoolCore:
         """``put`` holds nothing any more."""
         self._closed(put)
         self._requests.finish(put, put.error)
-
-    def _free(self, tenant: str, slabs: Sequence[Slab | Slabs]) -> None:
-        self.memory.free(tenant, slabs)

@@ -23,7 +23,7 @@ from .put import PutState
 from .table import which
 
 if TYPE_CHECKING:
-    from .core import PoolCore
+    from .rooms import Rooms
 
 SLOT: Slot = (0, 0)
 """Where all objects of a transfer travel, one after another: a chunk may hold many small ones."""
@@ -205,7 +205,7 @@ class FlatShelf:
 class FlatPut:
     """Objects being written; see :meth:`kvpool.core.PoolCore.begin_put_flat`. States and ``on_failed`` as in :class:`kvpool.put.Put`."""
 
-    def __init__(self, core: PoolCore, shelf: FlatShelf, slabs: Mapping[bytes, Slab], deadline: float) -> None:
+    def __init__(self, core: Rooms, shelf: FlatShelf, slabs: Mapping[bytes, Slab], deadline: float) -> None:
         self.deadline = deadline
         self.state = PutState.OPEN
         self.error: KVError | None = None
@@ -274,7 +274,7 @@ class FlatGet:
     :meth:`close`.
     """
 
-    def __init__(self, core: PoolCore, shelf: FlatShelf, entries: Iterable[FlatEntry | None], deadline: float) -> None:
+    def __init__(self, core: Rooms, shelf: FlatShelf, entries: Iterable[FlatEntry | None], deadline: float) -> None:
         self.deadline = deadline
         self.error: KVError | None = None
         self.on_failed: Callable[[KVError], None] | None = None

@@ -16,7 +16,8 @@ from .placement import Slot, overlaps
 from .put import Progress, Put, PutState
 
 if TYPE_CHECKING:
-    from .core import PoolCore, Room
+    from .core import PoolCore
+    from .rooms import Room
 
 
 class Get:

@@ -21,8 +21,9 @@ from .keys import KeyChain, Namespace
 from .placement import Held, Slot, page_lists, parts_of, whole_group
 
 if TYPE_CHECKING:
-    from .core import PoolCore, Room
+    from .core import PoolCore
     from .get import Get
+    from .rooms import Room
 
 Progress = Callable[[int, int, int, int], None]
 """(layer, tensor, start, stop): these bytes of the extent's byte space are verified and in place."""

@@ -263,8 +263,8 @@ def test_namespaces_must_be_open_and_fit(core, ns):
 
 
 def test_namespaces_are_bounded(core, monkeypatch):
-    monkeypatch.setattr("kvpool.core.MAX_NAMESPACES", 2)
-    monkeypatch.setattr("kvpool.core.MAX_TENANTS", 2)
+    monkeypatch.setattr("kvpool.rooms.MAX_NAMESPACES", 2)
+    monkeypatch.setattr("kvpool.rooms.MAX_TENANTS", 2)
     core.open_namespace("a", LAYOUTS["dense"], 16)
     core.open_namespace("a", LAYOUTS["dense"], 32)
     core.open_namespace("a", LAYOUTS["dense"], 16)
@@ -587,7 +587,7 @@ def test_leases_keep_and_end(core):
 
 
 def test_open_things_are_bounded(core, ns, monkeypatch):
-    monkeypatch.setattr("kvpool.core.MAX_ACTIVE", 2)
+    monkeypatch.setattr("kvpool.rooms.MAX_ACTIVE", 2)
     store(core, ns, TOKENS, 64)
     one, two = get(core, ns, boundary=64), core.lease(ns, KeyChain(ns, TOKENS), 64, 1.0)
     for call in (

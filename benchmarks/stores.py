@@ -1,11 +1,13 @@
 """kvpoold beside Redis, memcached and Mooncake Store, in turns in one run, under one congestion control.
 
     python benchmarks/stores.py --peers-python .venv-stores/bin/python --congestion cubic --rounds 7 --json stores.json
+    python benchmarks/stores.py --peers-python ... --lmcache-python .venv-lmcache/bin/python --congestion cubic --rounds 5
 
 Every turn starts a store, puts and gets 128 MiB of objects of each size (after once that does not count), checks what came back, and
 asks for 512 keys of which half are there. The link alone (``kvbench loopback``) takes its turn too: what the machine allows a daemon is
 a share of that. Needs redis-server and memcached on the PATH, and for the peers a Python with redis, hiredis, pylibmc and
-mooncake-transfer-engine-non-cuda (with numpy): ``--peers-python``. A congestion control of its own needs root: the run then has a network
+mooncake-transfer-engine-non-cuda (with numpy): ``--peers-python``. LMCache's native RESP client (four workers, against the same
+redis-server) has a row when ``--lmcache-python`` names a Python with lmcache and torch, which is heavy to install. A congestion control of its own needs root: the run then has a network
 namespace to itself, and everything in it uses that.
 
 Given a ``--json`` file that is there already, the rounds of this run are added to its rounds and the table is of all: long tables come
@@ -28,6 +30,7 @@ from typing import Any
 HERE = Path(__file__).parent
 OURS = "kvpool"
 LINK = "kvbench loopback"
+LMCACHE = "lmcache-resp"
 NAMESPACE = "KVPOOL_STORES_NAMESPACE"
 
 
@@ -113,6 +116,7 @@ def main() -> None:
     parser.add_argument(
         "--peers-python", default=sys.executable, metavar="PYTHON", help="has the peers' client libraries"
     )
+    parser.add_argument("--lmcache-python", metavar="PYTHON", help=f"has lmcache and torch: adds {LMCACHE} to the stores")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64 << 10, 1 << 20, 4 << 20], metavar="BYTES")
     parser.add_argument("--bytes", type=int, default=128 << 20, help="moved a time")
@@ -122,7 +126,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.congestion != "system":
         enter_namespace(args.congestion)
-    names = [*args.stores, LINK]
+    stores = [*args.stores]
+    if args.lmcache_python and LMCACHE not in stores:
+        stores.append(LMCACHE)
+    names = [*stores, LINK]
+    pythons = {LMCACHE: args.lmcache_python or args.peers_python}
     path = None if args.json in (None, "-") else Path(args.json)
     settings = {
         "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()},
@@ -135,7 +143,7 @@ def main() -> None:
     started = time.time()
     for number in range(args.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            python = sys.executable if name.startswith(OURS) else args.peers_python
+            python = sys.executable if name.startswith(OURS) else pythons.get(name, args.peers_python)
             samples.setdefault(name, []).append(flat(turn(name, python, args)))
             print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
     result["summary"] = summary = {

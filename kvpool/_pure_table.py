@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from ._native import Memory
 
-__all__ = ["KeyTable", "ancestors", "which"]
+__all__ = ["KeyTable", "ancestors", "cut_keys", "flags", "pack_keys", "which"]
 
 _MOST = 64
 
@@ -34,6 +35,40 @@ def which(entries: dict[bytes, Any], keys: Memory, lengths: Memory, most: int, /
     if at != len(data):
         raise ValueError(f"the lengths of {len(flags)} keys add up to {at} bytes, there are {len(data)}")
     return np.packbits(np.array(flags, np.bool_), bitorder="little").tobytes()
+
+
+def pack_keys(keys: list[bytes], most: int, /) -> tuple[bytes, bytes]:
+    """``keys`` one after another, and the bytes of each, 1 to ``most``, as little-endian u16: what :func:`which` takes.
+
+    ValueError for a key that is not bytes or of another length.
+    """
+    if not 1 <= most <= 0xFFFF:
+        raise ValueError(f"a key of {most} bytes has no length of 2 bytes")
+    for i, key in enumerate(keys):
+        if type(key) is not bytes:
+            raise ValueError(f"key {i} is not bytes")
+        if not 1 <= len(key) <= most:
+            raise ValueError(f"key {i} of {len(key)} bytes: a key has 1 to {most}")
+    return b"".join(keys), np.fromiter(map(len, keys), "<u2", len(keys)).tobytes()
+
+
+def cut_keys(keys: Memory, lengths: Memory, /) -> list[bytes]:
+    """The keys that :func:`pack_keys` packed; ValueError when ``lengths`` do not add up to ``keys``. Their lengths are not judged."""
+    data, sizes = bytes(keys), bytes(lengths)
+    ends = np.frombuffer(sizes[: len(sizes) & ~1], "<u2").cumsum(dtype=np.int64).tolist()
+    total = ends[-1] if ends else 0
+    if len(sizes) % 2 or total != len(data):
+        raise ValueError(f"the lengths of {len(ends)} keys add up to {total} bytes, there are {len(data)}")
+    return [data[i:j] for i, j in pairwise((0, *ends))]
+
+
+def flags(bits: Memory, count: int, /) -> list[bool]:
+    """The first ``count`` of ``bits``, the first in the lowest bit of the first byte; ValueError when these are more or fewer."""
+    data = np.frombuffer(bits, np.uint8)  # type: ignore[arg-type]
+    if count < 0 or len(data) != -(-count // 8):
+        raise ValueError(f"{count} bits are not {len(data)} bytes")
+    found: list[bool] = np.unpackbits(data, count=count, bitorder="little").view(bool).tolist()
+    return found
 
 
 def ancestors(parents: Memory, node: int, out: Memory, /) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from .errors import KeyChainError, NamespaceError
 from .keys import MAX_CHAIN_TOKENS, MAX_FLAT_KEY_BYTES, KeyChain, Namespace, check_flat_keys
 from .match import Explanation, GroupReach, Match, Reason
 from .steps import Steps
+from .table import cut_keys, flags, pack_keys
 
 MAX_TIMEOUT_S = 3_600.0
 MAX_RATE = 1e12
@@ -87,11 +87,17 @@ def chain_steps(ns: Namespace, body: object, *, stores: bool = False) -> Steps[K
 
 
 def keys_to_wire(keys: Sequence[bytes]) -> dict[str, Any]:
-    """Flat keys one after another and their lengths: a value each would cost more to pack and check than to look up."""
-    lengths = np.fromiter(map(len, keys), np.int64, len(keys))
-    if len(keys) and int(lengths.max()) > MAX_FLAT_KEY_BYTES:
-        check_flat_keys(keys)
-    return {"keys": b"".join(keys), "lengths": lengths.astype("<u2").tobytes()}
+    """Flat keys one after another and their lengths: a value each would cost more to pack and check than to look up.
+
+    Raises KeyChainError for one that is none.
+    """
+    listed = keys if type(keys) is list else list(keys)
+    try:
+        packed, lengths = pack_keys(listed, MAX_FLAT_KEY_BYTES)
+    except ValueError as error:
+        check_flat_keys(listed)
+        raise KeyChainError(f"these are no flat keys: {error}") from None
+    return {"keys": packed, "lengths": lengths}
 
 
 def bits_to_wire(flags: Sequence[bool]) -> bytes:
@@ -101,10 +107,10 @@ def bits_to_wire(flags: Sequence[bool]) -> bytes:
 
 def bits_from_wire(bits: object, count: int) -> list[bool]:
     """Inverse of :func:`bits_to_wire`; raises ProtocolError when these are not ``count``."""
-    if not isinstance(bits, bytes) or len(bits) != -(-count // 8):
-        raise ProtocolError(f"{count} bits were asked for, the answer is {bits!r:.40}")
-    flags: list[bool] = np.unpackbits(np.frombuffer(bits, np.uint8), count=count, bitorder="little").view(bool).tolist()
-    return flags
+    try:
+        return flags(bits, count)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ProtocolError(f"{count} bits were asked for, the answer is {bits!r:.40}") from None
 
 
 def numbers_from_wire(body: Mapping[str, Any], name: str, count: int) -> NDArray[np.int64]:
@@ -236,12 +242,10 @@ class Args:
 
     def packed_keys(self) -> list[bytes]:
         """Inverse of :func:`keys_to_wire`."""
-        packed, lengths = self.get("keys", bytes), self.get("lengths", bytes)
-        sizes = np.frombuffer(lengths, "<u2") if len(lengths) % 2 == 0 else np.ones(1, "<u2")
-        ends = sizes.cumsum(dtype=np.int64).tolist()
-        if len(lengths) % 2 or len(packed) != (ends[-1] if ends else 0):
-            raise ProtocolError(f"{self._verb}: argument 'lengths' does not say how 'keys' are cut")
-        return [packed[i:j] for i, j in pairwise((0, *ends))]
+        try:
+            return cut_keys(self.get("keys", bytes), self.get("lengths", bytes))
+        except ValueError:
+            raise ProtocolError(f"{self._verb}: argument 'lengths' does not say how 'keys' are cut") from None
 
     def numbers(self, name: str) -> NDArray[np.int64]:
         """Numbers of 8 bytes, one after another: sizes as they are, checksums when viewed as unsigned."""

@@ -320,6 +320,9 @@ static PyMethodDef functions[] = {
      "ancestors($module, parents, node, out, /)\n--\n\n"
      "The nearest ancestors of a node into out, as far as it has room or they go (a parent below 0); how many they are."},
     {"which", kv_which, METH_VARARGS, kv_which_doc},
+    {"pack_keys", kv_pack_keys, METH_VARARGS, kv_pack_keys_doc},
+    {"cut_keys", kv_cut_keys, METH_VARARGS, kv_cut_keys_doc},
+    {"flags", kv_flags, METH_VARARGS, kv_flags_doc},
     {NULL, NULL, 0, NULL},
 };
 

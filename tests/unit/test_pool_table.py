@@ -79,6 +79,47 @@ def test_which_of_many_keys_a_dict_has(which):
         which({}, "text", b"", 256)
 
 
+@pytest.mark.parametrize("twin", [_native, _pure_table], ids=["native", "pure"])
+def test_many_keys_are_packed_and_cut_again(twin):
+    keys = [b"k%d" % i for i in range(300)] + [b"x" * 256, b"\0"]
+    packed, lengths = twin.pack_keys(keys, 256)
+    assert (packed, lengths) == (b"".join(keys), np.array(list(map(len, keys)), "<u2").tobytes())
+    assert twin.cut_keys(packed, lengths) == keys
+    assert twin.cut_keys(memoryview(packed), bytearray(lengths)) == keys
+    assert twin.pack_keys([], 256) == (b"", b"")
+    assert twin.cut_keys(b"", b"") == []
+    assert twin.cut_keys(b"ab", b"\0\0\2\0\0\0") == [b"", b"ab", b""]
+    assert twin.pack_keys([b"x" * 0xFFFF], 0xFFFF)[1] == b"\xff\xff"
+    for bad, most, words in (
+        ([b"a", b""], 256, "key 1 of 0 bytes"),
+        ([b"x" * 257], 256, "1 to 256"),
+        ([b"a", bytearray(b"b")], 256, "key 1 is not bytes"),
+        ([None], 256, "key 0 is not bytes"),
+        ([b"a"], 0x10000, "no length of 2 bytes"),
+        ([b"a"], 0, "no length of 2 bytes"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            twin.pack_keys(bad, most)
+    for data, sizes in ((b"ab", b"\1\0"), (b"ab", b"\3\0"), (b"ab", b"\2\0\0"), (b"", b"\xff\xff" * 3)):
+        with pytest.raises(ValueError, match="add up"):
+            twin.cut_keys(data, sizes)
+
+
+@pytest.mark.parametrize("twin", [_native, _pure_table], ids=["native", "pure"])
+def test_bits_are_flags(twin):
+    for count in (0, 1, 7, 8, 9, 300):
+        expected = [i % 3 == 0 for i in range(count)]
+        bits = np.packbits(np.array(expected, np.bool_), bitorder="little").tobytes()
+        found = twin.flags(bits, count)
+        assert found == expected
+        assert {bool}.issuperset(map(type, found))
+    for bits, count in ((b"", 1), (b"\0", 0), (b"\0", 9), (b"\0\0", 8), (b"", -1), (b"", 1 << 60)):
+        with pytest.raises(ValueError, match="bits are not"):
+            twin.flags(bits, count)
+    with pytest.raises(TypeError):
+        twin.flags(None, 0)
+
+
 @pytest.mark.parametrize("width", [1, 8, 31, 32, 33, 64])
 def test_packed_keys_are_the_same_as_listed_ones(new, width):
     table = new(1)

@@ -24,6 +24,7 @@ Pages = NDArray[np.int32]
 Pieces = NDArray[np.int64]
 
 MIN_PAGE_BYTES = 64
+_FREED_TWICE = "a slab was freed twice: its pages belong to another one or to nobody"
 NO_PIECES: Pieces = np.empty((0, 2), dtype=np.int64)
 
 
@@ -184,7 +185,8 @@ class PageArena:
             )
         self._top -= total
         pages = self._free[self._top : self._top + total].copy()
-        pages.sort()
+        if total > 1:
+            pages.sort()
         self._generation += 1
         self.page_generation[pages] = self._generation
         self._pages_of_class[kind] += total
@@ -192,6 +194,8 @@ class PageArena:
 
     def is_live(self, slab: Slab) -> bool:
         """Whether the slab still owns all its pages."""
+        if len(slab.pages) == 1:
+            return bool(self.page_generation[slab.pages[0]] == slab.generation)
         return bool((self.page_generation[slab.pages] == slab.generation).all())
 
     def free(self, slab: Slab | Slabs) -> None:
@@ -201,6 +205,9 @@ class PageArena:
     def free_many(self, slabs: Sequence[Slab | Slabs]) -> None:
         """Give slabs back in one go; raises SlabError, changing nothing, when any of them was freed already."""
         if not any(s.page_count for s in slabs):
+            return
+        if len(slabs) == 1 and isinstance(slabs[0], Slab) and len(slabs[0].pages) == 1:
+            self._free_page(slabs[0])  # a small object, without arrays
             return
         pages = np.concatenate([s.pages.reshape(-1) for s in slabs])
         single = [s for s in slabs if isinstance(s, Slab)]
@@ -214,12 +221,22 @@ class PageArena:
         # Descending, so that the next allocation finds neighbours in ascending order.
         order = np.sort(pages)[::-1]
         if not (self.page_generation[pages] == owners).all() or (order[1:] == order[:-1]).any():
-            raise SlabError("a slab was freed twice: its pages belong to another one or to nobody")
+            raise SlabError(_FREED_TWICE)
         self.page_generation[pages] = 0
         self._free[self._top : self._top + len(pages)] = order
         self._top += len(pages)
         for slab in slabs:
             self._pages_of_class[slab.kind] -= slab.pages.size
+
+    def _free_page(self, slab: Slab) -> None:
+        """:meth:`free_many` of one slab of one page."""
+        page = slab.pages[0]
+        if self.page_generation[page] != slab.generation:
+            raise SlabError(_FREED_TWICE)
+        self.page_generation[page] = 0
+        self._free[self._top] = page
+        self._top += 1
+        self._pages_of_class[slab.kind] -= 1
 
     # -- reading and writing -----------------------------------------------------------------------
 

@@ -35,7 +35,19 @@ from .messages import (
     match_from_wire,
     numbers_from_wire,
 )
-from .objects import Landing, Sizes, are_right, checksums_of, joined, pages_of, sizes_of, units
+from .objects import (
+    Landing,
+    Sizes,
+    are_right,
+    checksums_of,
+    copied,
+    joined,
+    packed,
+    pages_of,
+    sizes_of,
+    units,
+    unpacked,
+)
 from .protocol import DEFAULT_BLOCK_TOKENS, DEFAULT_DEADLINE_S, LeaseInfo
 from .security import DEFAULT_TENANT
 
@@ -225,18 +237,15 @@ class PoolClient:
 
     async def put_objects(self, objects: Mapping[bytes, Any]) -> None:
         sources = [pages_of(buffer) for buffer in objects.values()]
+        args = {**keys_to_wire(list(objects)), "deadline_s": DEFAULT_DEADLINE_S}
+        if sum([pages.nbytes for pages in sources]) <= INLINE_BYTES:
+            await self.link.call("put_objects", {**args, **packed(sources)})
+            return
         sizes = sizes_of(sources)
         whole, total = joined(sources), int(sizes.sum())
-        args: dict[str, Any] = {
-            **keys_to_wire(list(objects)),
-            "sizes": sizes.tobytes(),
-            "deadline_s": DEFAULT_DEADLINE_S,
-        }
+        args["sizes"] = sizes.tobytes()
         if total <= HASH_FIRST_BYTES:
             args["checksums"] = (await checksums_of(sources, sizes, whole)).tobytes()
-        if total <= INLINE_BYTES:
-            await self.link.call("put_objects", {**args, "data": b"".join(pages.tobytes() for pages in sources)})
-            return
         reply = await self.link.call("put_objects", args)
         sender = self.link.open(Manifest.of_objects([total], transfer=reply["transfer"]), deadline_s=DEFAULT_DEADLINE_S)
         try:
@@ -252,8 +261,10 @@ class PoolClient:
 
     async def get_objects(self, keys: Sequence[bytes]) -> list[bytes | None]:
         landing = Landing(None)
-        sizes = await self._get_objects(keys, landing)
-        objects = zip(landing.objects(), sizes.tolist(), strict=True)
+        got = await self._get_objects(keys, landing)
+        if isinstance(got, list):
+            return got
+        objects = zip(landing.objects(), got.tolist(), strict=True)
         return [None if pages is None or size < 0 else pages.tobytes() for pages, size in objects]
 
     async def get_objects_into(self, keys: Sequence[bytes], into: Sequence[Any]) -> list[int | None]:
@@ -261,32 +272,35 @@ class PoolClient:
         if len(places) != len(keys):
             raise KVBufferError(f"{len(keys)} objects were asked for, there is memory for {len(places)}")
         landing = Landing(places)
-        sizes = await self._get_objects(keys, landing)
+        got = await self._get_objects(keys, landing)
+        if isinstance(got, list):
+            return copied(got, places)
         landing.deliver()
-        return [None if size < 0 else size for size in sizes.tolist()]
+        return [None if size < 0 else size for size in got.tolist()]
 
-    async def _get_objects(self, keys: Sequence[bytes], landing: Landing) -> Sizes:
-        """Have them in ``landing``; bytes of each, -1 where there is none."""
+    async def _get_objects(self, keys: Sequence[bytes], landing: Landing) -> Sizes | list[bytes | None]:
+        """Have them in ``landing``; bytes of each, -1 where there is none. Or themselves, when they came with the answer."""
         if self._local is not None:
             return await self._read_objects(self._local, keys, landing)
         transfer = new_transfer_id()
         args = {**keys_to_wire(keys), "transfer": transfer, "deadline_s": DEFAULT_DEADLINE_S, "inline": INLINE_BYTES}
         reply = await self.link.call("get_objects", args)
-        found = np.array(bits_from_wire(reply.get("found"), len(keys)), np.bool_)
-        count = int(found.sum())
+        there = bits_from_wire(reply.get("found"), len(keys))
+        count = sum(there)
         sizes = numbers_from_wire(reply, "sizes", count)
         if count and int(sizes.min()) < 0:
             raise ProtocolError("an object of fewer than no bytes")
+        checksums = numbers_from_wire(reply, "checksums", count).view(np.uint64)
+        if "data" in reply:
+            objects, wrong = unpacked(reply["data"], there, sizes.tolist(), checksums.tolist())
+            if wrong:
+                await self.link.call("drop_corrupt", keys_to_wire([keys[i] for i in wrong]))
+            return objects
+        found = np.array(there, np.bool_)
         places = np.full(len(keys), -1, np.int64)
         places[found] = sizes
         whole = landing.grant(places.tolist())
-        checksums = numbers_from_wire(reply, "checksums", count).view(np.uint64)
-        if "data" in reply:
-            if not isinstance(reply["data"], bytes) or len(reply["data"]) != whole.nbytes:
-                raise ProtocolError("the objects that came with the answer are not as long as it says")
-            whole.copy_from(PageList.of(reply["data"]))
-        else:
-            await self._receive_objects(transfer, whole)
+        await self._receive_objects(transfer, whole)
         await self._drop_wrong(keys, places, np.flatnonzero(found)[~await are_right(whole, sizes, checksums)])
         return places
 

@@ -83,7 +83,7 @@ class FlatShelf:
         found = [entry for entry in entries if entry is not None]
         for entry in found:
             entry.uses += 1
-        uses = np.fromiter((e.uses for e in found), np.int32, len(found))
+        uses = np.array([e.uses for e in found], np.int32)
         ranks = self._eviction.policy.rank(self._ticks(len(found)), uses, _unknown(len(found)), 0) if found else None
         if ranks is not None:
             for entry, rank in zip(found, ranks.tolist(), strict=True):
@@ -94,7 +94,7 @@ class FlatShelf:
         """Store (key, slab, checksum) each in the place of any older one."""
         if not objects:
             return
-        pages = np.fromiter((len(slab.pages) for _, slab, _ in objects), np.int32, len(objects))
+        pages = np.array([len(slab.pages) for _, slab, _ in objects], np.int32)
         ranks = self._eviction.policy.first_rank(self._ticks(len(objects)), _unknown(len(objects)), pages, 0)
         self._drop(key for key, _, _ in objects)
         entries = [
@@ -200,6 +200,16 @@ class FlatShelf:
         for entry in new:
             entry.queued = True
         self._eviction.push_all(self.tenant, [(self.number, 0, e.number, 0) for e in new], [e.rank for e in new])
+
+
+@dataclass(frozen=True, slots=True)
+class FlatRead:
+    """Objects copied out: which were there, and of those the bytes, xxh3_64 as stored at the put, and ``data`` one after another."""
+
+    found: list[bool]
+    sizes: list[int]
+    checksums: list[int]
+    data: bytes
 
 
 class FlatPut:

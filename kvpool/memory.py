@@ -109,20 +109,22 @@ class Memory:
     def _lacking(self, tenant: str, pages: int, transfer: bool) -> tuple[int, int]:
         """Pages over the tenant's quota, and pages short (not above 0: none). Raises when evicting would not be enough."""
         size, arena = self.arena.page_bytes, self.arena
+        quota = self._quota.get(tenant)
+        over = 0 if quota is None else self._used[tenant] + pages - quota
+        short = pages - arena.free_pages
+        if over <= 0 and short <= 0:
+            return over, short
         spare = self._eviction.unpinned_pages()
         if transfer:
             kept = (arena.bytes_of(BlockClass.PREFIX) + arena.bytes_of(BlockClass.STATE)) // size
             spare = min(spare, max(0, kept - self._floor))
         own = min(self._eviction.unpinned_pages(tenant), spare)
-        quota = self._quota.get(tenant)
-        over = 0 if quota is None else self._used[tenant] + pages - quota
         if quota is not None and over > own:
             raise QuotaError(
                 f"{pages * size} bytes asked for; tenant {tenant!r} holds {self._used[tenant] * size} of its quota of "
                 f"{quota * size} bytes, and {own * size} of them could be evicted: release leases, ask for less, or raise "
                 "the quota"
             )
-        short = pages - arena.free_pages
         if short > spare:
             floor = f" or under the floor of {self._floor * size} bytes kept for the prefix cache" if transfer else ""
             raise PoolFullError(

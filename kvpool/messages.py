@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,8 @@ def keys_to_wire(keys: Sequence[bytes]) -> dict[str, Any]:
 
 def bits_to_wire(flags: Sequence[bool]) -> bytes:
     """One bit each, the first in the lowest bit of the first byte."""
+    if len(flags) <= 8:
+        return bytes([sum(flag << i for i, flag in enumerate(flags))] if flags else [])
     return np.packbits(np.array(flags, dtype=np.bool_), bitorder="little").tobytes()
 
 
@@ -111,6 +114,13 @@ def bits_from_wire(bits: object, count: int) -> list[bool]:
         return flags(bits, count)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise ProtocolError(f"{count} bits were asked for, the answer is {bits!r:.40}") from None
+
+
+def numbers_to_wire(numbers: Sequence[int] | NDArray[Any]) -> bytes:
+    """8 bytes each, little-endian: lengths, or checksums, which have no sign."""
+    if isinstance(numbers, np.ndarray):
+        return numbers.astype("<i8" if numbers.dtype.kind == "i" else "<u8", copy=False).tobytes()
+    return struct.pack(f"<{len(numbers)}Q", *numbers)
 
 
 def numbers_from_wire(body: Mapping[str, Any], name: str, count: int) -> NDArray[np.int64]:

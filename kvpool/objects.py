@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
 from kvtransport.buffers import PageList
+from kvtransport.errors import ProtocolError
+
+from .messages import numbers_to_wire
 
 SMALL_BYTES = 256 << 10
 """Smaller objects in memory of their own are copied together: that costs less than a frame each."""
@@ -34,6 +38,49 @@ def joined(pages: Sequence[PageList]) -> PageList | None:
         if any(p.base is not base for p in pages):
             return None
     return PageList.joined(pages)
+
+
+def packed(pages: Sequence[PageList]) -> dict[str, bytes]:
+    """Small objects as a call carries them: bytes, sizes and xxh3_64 of each."""
+    sizes = numbers_to_wire([p.nbytes for p in pages])
+    return {
+        "sizes": sizes,
+        "checksums": numbers_to_wire([p.hash() for p in pages]),
+        "data": b"".join([p.tobytes() for p in pages]),
+    }
+
+
+def unpacked(
+    data: object, found: Sequence[bool], sizes: Sequence[int], checksums: Sequence[int]
+) -> tuple[list[bytes | None], list[int]]:
+    """Small objects as an answer carries them: each, None where there is none, and which do not have their checksum (None too).
+
+    ``sizes`` and ``checksums`` are of those ``found``, none negative. Raises ProtocolError when they do not go together.
+    """
+    if not isinstance(data, bytes) or len(data) != sum(sizes):
+        raise ProtocolError("the objects that came with the answer are not as long as it says")
+    objects: list[bytes | None] = [None] * len(found)
+    wrong: list[int] = []
+    at, each = 0, iter(zip(sizes, checksums, strict=True))
+    for i, there in enumerate(found):
+        if there:
+            size, checksum = next(each)
+            piece = data[at : at + size]
+            at += size
+            if xxh3_64_intdigest(piece) == checksum:
+                objects[i] = piece
+            else:
+                wrong.append(i)
+    return objects, wrong
+
+
+def copied(objects: Sequence[bytes | None], into: Sequence[PageList]) -> list[int | None]:
+    """Each object at the beginning of its place; bytes of each. Raises KVBufferError for one that does not fit, before any is copied."""
+    places = [None if o is None else place.slice(0, len(o)) for o, place in zip(objects, into, strict=True)]
+    for data, place in zip(objects, places, strict=True):
+        if data is not None and place is not None:
+            place.copy_from(PageList.of(data))
+    return [None if o is None else len(o) for o in objects]
 
 
 def sizes_of(pages: Sequence[PageList]) -> Sizes:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from kvtransport.buffers import PageList
+from kvtransport.errors import IntegrityError
+
 from .arena import BlockClass
 from .errors import KeyChainError
-from .flat import FlatGet, FlatPut
+from .flat import FlatEntry, FlatGet, FlatPut, FlatRead, FlatShelf
 from .keys import check_flat_keys
 from .rooms import Rooms
 from .steps import Steps, run
@@ -44,16 +47,65 @@ class Shelves(Rooms):
         self._counts["flat_puts"] += len(keys)
         return put
 
+    def store_flat_steps(
+        self, tenant: str, keys: Sequence[bytes], sizes: Sequence[int], checksums: Sequence[int], data: bytes
+    ) -> Steps[None]:
+        """Store objects that are here, ``data`` one after another, in steps as :meth:`put_steps`; all or none.
+
+        Nothing is open in between. Raises IntegrityError for bytes that do not have their checksum (xxh3_64), and as
+        :meth:`begin_put_flat`.
+        """
+        shelf = self._shelf(tenant)
+        check_flat_keys(self._bounded(keys))
+        yield from self.memory.room_for(tenant, [(1, n, BlockClass.PREFIX) for n in sizes])
+        slabs = self.memory.allocate(tenant, sizes, BlockClass.PREFIX)
+        objects = list(zip(keys, slabs, checksums, strict=True))
+        try:
+            at, body = 0, PageList.of(data)
+            for key, slab, checksum in objects:
+                pages = self.arena.pages(slab)
+                pages.copy_from(body.slice(at, at + slab.nbytes))
+                at += slab.nbytes
+                if pages.hash() != checksum:
+                    raise IntegrityError(
+                        f"object {key.hex()[:16]} does not have its checksum: put it again", retryable=True
+                    )
+        except BaseException:
+            self._free(tenant, slabs)
+            raise
+        shelf.put(objects)
+        self._counts["flat_puts"] += len(objects)
+
+    def _get_flat(self, tenant: str, keys: Sequence[bytes]) -> tuple[FlatShelf, list[FlatEntry | None]]:
+        """The objects under ``keys``, now recently used, and counted."""
+        shelf = self._shelf(tenant)
+        entries = shelf.get(check_flat_keys(self._bounded(keys)))
+        misses = entries.count(None)
+        self._counts["flat_hits"] += len(entries) - misses
+        self._counts["flat_misses"] += misses
+        return shelf, entries
+
     def plan_get_flat(self, tenant: str, keys: Sequence[bytes], *, deadline: float) -> FlatGet:
         """Pin the objects under ``keys`` that are there, and make them recently used."""
-        shelf = self._shelf(tenant)
         self._check_active()
-        get = FlatGet(self, shelf, shelf.get(check_flat_keys(self._bounded(keys))), deadline)
-        hits = sum(get.found)
-        self._counts["flat_hits"] += hits
-        self._counts["flat_misses"] += len(keys) - hits
+        return self._pinned(*self._get_flat(tenant, keys), deadline)
+
+    def _pinned(self, shelf: FlatShelf, entries: Sequence[FlatEntry | None], deadline: float) -> FlatGet:
+        get = FlatGet(self, shelf, entries, deadline)
         self._deadlines.add(get)
         return get
+
+    def read_flat(self, tenant: str, keys: Sequence[bytes], *, most: int, deadline: float) -> FlatRead | FlatGet:
+        """The objects under ``keys`` copied out when they have ``most`` bytes together, otherwise :meth:`plan_get_flat`."""
+        self._check_active()
+        shelf, entries = self._get_flat(tenant, keys)
+        there = [e for e in entries if e is not None]
+        if sum(e.slab.nbytes for e in there) > most:
+            return self._pinned(shelf, entries, deadline)
+        data = b"".join([self.arena.pages(e.slab).tobytes() for e in there])
+        return FlatRead(
+            [e is not None for e in entries], [e.slab.nbytes for e in there], [e.checksum for e in there], data
+        )
 
     def drop_flat(self, tenant: str, key: bytes, *, corrupt: bool = False) -> bool:
         """Forget one object; ``corrupt`` when its bytes no longer have their checksum. Whether it was there."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from .errors import ArenaError, ConfigError, KVBufferError
 
@@ -78,6 +79,7 @@ split_planes = _impl.split_planes
 Choice = Literal["auto", "require", "off"]
 
 _SCRATCH_BYTES = 1 << 20
+_SMALL_BYTES = 64 << 10
 _NO_PIECES: npt.NDArray[np.int64] = np.empty((0, 2), np.int64)
 _NO_PIECES.flags.writeable = False
 
@@ -399,7 +401,14 @@ class PageList:
             raise KVBufferError("cannot copy into read-only memory")
         if self._nbytes != other._nbytes:
             raise KVBufferError(f"cannot copy {other._nbytes} bytes into a page list of {self._nbytes}")
+        if self._nbytes <= _SMALL_BYTES and self._offset >= 0 and other._offset >= 0:
+            self._small()[:] = other._small()
+            return
         copy_pages(self._base, self.pieces, other._base, other.pieces)
+
+    def _small(self) -> memoryview:
+        """The only piece: what is small is copied and hashed faster without arrays, and holds the GIL for some microseconds."""
+        return self._base[self._offset : self._offset + self._nbytes]
 
     def copy_to(self, other: PageList) -> None:
         """Copy these bytes to ``other``; errors as in :meth:`copy_from`."""
@@ -407,6 +416,8 @@ class PageList:
 
     def hash(self, seed: int = 0) -> int:
         """xxh3_64 of the bytes."""
+        if not seed and self._nbytes <= _SMALL_BYTES and self._offset >= 0:
+            return xxhash.xxh3_64_intdigest(self._small())
         return hash_pages(self._base, self.pieces, seed)
 
     def hash_each(self, sizes: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
@@ -418,6 +429,8 @@ class PageList:
 
     def tobytes(self) -> bytes:
         """The bytes, copied (for tests and small control data)."""
+        if self._nbytes <= _SMALL_BYTES and self._offset >= 0:
+            return self._small().tobytes()
         out = bytearray(self._nbytes)
         copy_pages(out, None, self._base, self.pieces)
         return bytes(out)

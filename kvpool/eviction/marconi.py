@@ -99,7 +99,7 @@ class Marconi(Lru):
     def rank(self, touches: Ticks, uses: NDArray[np.int32], value: NDArray[np.float32], kind: int) -> Floats | None:
         ranks = touches.astype(np.float64)
         w = self.weights
-        if w.beta:
+        if w.beta and kind:
             ranks += self.span * w.beta * self._continuing.odds(kind)
         if w.alpha:
             ranks += self.span * w.alpha * self._relative(value)
@@ -107,8 +107,9 @@ class Marconi(Lru):
 
     def first_rank(self, touches: Ticks, value: NDArray[np.float32], pages: NDArray[np.int32], kind: int) -> Floats:
         known = value[np.isfinite(value) & (value > 0)]
-        self._logs += float(np.log2(known).sum())
-        self._count += len(known)
+        if len(known):
+            self._logs += float(np.log2(known).sum())
+            self._count += len(known)
         self._ticks += int(touches[0]) - self._now
         self._pages += float(pages.sum())
         self._now = int(touches[0])

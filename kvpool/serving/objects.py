@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from kvtransport.buffers import PageList
-from kvtransport.errors import IntegrityError, ManifestError
+from kvtransport.errors import ManifestError
 
 from ..core import PoolCore
-from ..flat import FlatPut
+from ..flat import FlatRead
 from ..local import pack_places
-from ..messages import INLINE_BYTES, Args, bits_to_wire
+from ..messages import INLINE_BYTES, Args, bits_to_wire, numbers_to_wire
 from .moving import Moving
 from .sessions import Session, Sessions, Verb
 
@@ -52,6 +51,12 @@ class Objects:
         if data is not None and len(data) != sum(sizes):
             raise ManifestError(f"put_objects: {len(data)} bytes of objects of {sum(sizes)} bytes")
         deadline_s = args.seconds("deadline_s")
+        if data is not None:
+            assert sums is not None
+            await self._moving.begin(self._core.store_flat_steps(session.tenant, keys, sizes, sums, data))
+            self._moving.wire["received_moved_bytes"] += len(data)
+            self._moving.wire["received_checksums_verified"] += len(keys)
+            return {}
         put = await self._moving.begin(
             self._core.put_flat_steps(
                 session.tenant, dict(zip(keys, sizes, strict=True)), deadline=self._core.clock() + deadline_s
@@ -59,14 +64,7 @@ class Objects:
         )
         if sums is not None:
             put.checksums = dict(zip(keys, sums, strict=True))
-        if data is None:
-            return self._moving.receive(session, put, deadline_s)
-        try:
-            self._fill(put, data)
-            put.commit()
-        finally:
-            put.abort()
-        return {}
+        return self._moving.receive(session, put, deadline_s)
 
     async def _checksums(self, session: Session, args: Args) -> dict[str, Any]:
         """Those of objects whose transfer has begun."""
@@ -79,37 +77,27 @@ class Objects:
         put.checksums = dict(zip(put.keys, sums, strict=True))
         return {}
 
-    def _fill(self, put: FlatPut, data: bytes) -> None:
-        """Small objects that came with the call."""
-        at, body = 0, PageList.of(data)
-        for key, pages in zip(put.keys, put.objects, strict=True):
-            pages.copy_from(body.slice(at, at + pages.nbytes))
-            at += pages.nbytes
-            if pages.hash(0) != put.checksums[key]:
-                raise IntegrityError(
-                    f"object {key.hex()[:16]} does not have its checksum: put it again", retryable=True
-                )
-        self._moving.wire["received_moved_bytes"] += len(data)
-        self._moving.wire["received_checksums_verified"] += len(put.keys)
-
     async def _get_objects(self, session: Session, args: Args) -> dict[str, Any]:
         self._moving.check_open()
         transfer = args.name("transfer")
         assert transfer is not None
         deadline_s = args.seconds("deadline_s")
-        get = self._core.plan_get_flat(session.tenant, args.packed_keys(), deadline=self._core.clock() + deadline_s)
+        got = self._core.read_flat(
+            session.tenant,
+            args.packed_keys(),
+            most=min(args.integer("inline", 0), INLINE_BYTES),
+            deadline=self._core.clock() + deadline_s,
+        )
         answer: dict[str, Any] = {
-            "found": bits_to_wire(get.found),
-            "sizes": get.sizes.tobytes(),
-            "checksums": get.checksums.tobytes(),
+            "found": bits_to_wire(got.found),
+            "sizes": numbers_to_wire(got.sizes),
+            "checksums": numbers_to_wire(got.checksums),
         }
-        total = get.nbytes
-        if total <= min(args.integer("inline", 0), INLINE_BYTES):
-            answer["data"] = b"".join(pages.tobytes() for pages in get.sources.values())
-            self._moving.wire["sent_moved_bytes"] += total
-            get.close()
+        if isinstance(got, FlatRead):
+            answer["data"] = got.data
+            self._moving.wire["sent_moved_bytes"] += len(got.data)
         else:
-            self._moving.send(session, get, transfer, deadline_s)
+            self._moving.send(session, got, transfer, deadline_s)
         return answer
 
     async def _locate_objects(self, session: Session, args: Args) -> dict[str, Any]:

@@ -14,12 +14,15 @@ from kvpool.errors import (
     PrefixMissingError,
     QuotaError,
 )
+from kvpool.flat import FlatGet
 from kvpool.keys import KeyChain, Namespace
 from kvpool.match import Reason
+from kvpool.steps import run
 from kvtransport.buffers import PageList
 from kvtransport.errors import (
     ConfigError,
     DeadlineError,
+    IntegrityError,
     KVBufferError,
     LayoutError,
     ManifestError,
@@ -884,6 +887,44 @@ def flat_get(core, keys, tenant="t"):
     assert [e.nbytes for e in reader.manifest(REQUEST).extents] == [sum(map(len, there))]
     reader.close()
     return out
+
+
+def store_flat(core, objects, checksums=None):
+    sums = checksums or [PageList.of(v).hash() for v in objects.values()]
+    sizes = [len(v) for v in objects.values()]
+    run(core.store_flat_steps("t", list(objects), sizes, sums, b"".join(objects.values())))
+
+
+def test_small_flat_objects_are_stored_and_read_at_once(core):
+    objects = {b"%d" % i: bytes([i]) * (i * 10) for i in range(40)}
+    store_flat(core, objects)
+    assert flat_get(core, list(objects)) == list(objects.values())
+    got = core.read_flat("t", [b"5", b"none", b"39", b"0"], most=10_000, deadline=core.clock() + 1)
+    assert (got.found, got.sizes, got.data) == ([True, False, True, True], [50, 390, 0], objects[b"5"] + objects[b"39"])
+    assert got.checksums == [PageList.of(objects[k]).hash() for k in (b"5", b"39", b"0")]
+    assert core.stat()["active"] == 0
+    assert core.stat()["counters"]["flat_puts"] == 40
+    pinned = core.read_flat("t", [b"5", b"39"], most=439, deadline=core.clock() + 1)
+    assert isinstance(pinned, FlatGet)
+    assert core.stat()["active"] == 1
+    pinned.close()
+    assert core.read_flat("t", [b"5", b"39"], most=440, deadline=core.clock() + 1).data == objects[b"5"] + objects[b"39"]
+    store_flat(core, {b"5": b"new", b"n": b"x"})
+    assert flat_get(core, [b"5", b"n", b"6"]) == [b"new", b"x", objects[b"6"]]
+
+
+def test_small_flat_objects_that_are_damaged_leave_nothing_and_replace_nothing(core):
+    store_flat(core, {b"a": b"old"})
+    before = core.stat()
+    right = PageList.of(b"first").hash()
+    with pytest.raises(IntegrityError, match="put it again") as caught:
+        store_flat(core, {b"b": b"first", b"a": b"second"}, [right, right])
+    assert caught.value.retryable
+    assert core.stat() == before
+    assert flat_get(core, [b"a", b"b"]) == [b"old", None]
+    with pytest.raises(KeyChainError):
+        store_flat(core, {b"": b"x"})
+    assert core.stat()["used_bytes"] == before["used_bytes"]
 
 
 def test_flat_objects(core):

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import xxhash
 
-from kvpool.objects import GATHER_BYTES, SMALL_BYTES, Landing, joined, units
+from kvpool.objects import GATHER_BYTES, SMALL_BYTES, Landing, copied, joined, packed, units, unpacked
 from kvtransport.buffers import PageList
-from kvtransport.errors import KVBufferError
+from kvtransport.errors import KVBufferError, ProtocolError
 
 
 def test_page_lists_of_one_buffer_are_joined_without_a_copy():
@@ -75,3 +76,32 @@ def test_objects_land_in_memory_of_ours_or_in_the_callers():
 def test_memory_that_is_too_small():
     with pytest.raises(KVBufferError):
         Landing([PageList.of(bytearray(4))]).grant([5])
+
+
+def test_small_objects_travel_together_and_are_verified_one_by_one():
+    buffers = [b"abc", b"", bytes(range(200)), b"z"]
+    body = packed([PageList.of(b) for b in buffers])
+    assert body["data"] == b"".join(buffers)
+    sizes = np.frombuffer(body["sizes"], "<i8").tolist()
+    sums = np.frombuffer(body["checksums"], "<u8").tolist()
+    assert sums == [xxhash.xxh3_64_intdigest(b) for b in buffers]
+    there = [True, False, True, True, True]
+    assert unpacked(body["data"], there, sizes, sums) == ([b"abc", None, b"", bytes(range(200)), b"z"], [])
+    damaged = bytearray(body["data"])
+    damaged[10] ^= 1
+    objects, wrong = unpacked(bytes(damaged), there, sizes, sums)
+    assert (objects, wrong) == ([b"abc", None, b"", None, b"z"], [3])
+    for data in (body["data"][:-1], body["data"] + b"x", None, "text"):
+        with pytest.raises(ProtocolError, match="not as long"):
+            unpacked(data, there, sizes, sums)
+
+
+def test_small_objects_are_copied_where_they_all_fit_or_nowhere():
+    memory = np.zeros(10, np.uint8)
+    whole = PageList.of(memory)
+    places = [whole.slice(0, 4), whole.slice(4, 7), whole.slice(7, 10)]
+    assert copied([b"abc", None, b"xyz"], places) == [3, None, 3]
+    assert memory.tobytes() == b"abc\0\0\0\0xyz"
+    with pytest.raises(KVBufferError):
+        copied([b"ABC", b"four", b"XYZ"], places)
+    assert memory.tobytes() == b"abc\0\0\0\0xyz"

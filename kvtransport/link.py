@@ -411,6 +411,9 @@ class Link:
         return connection
 
     def _least_busy(self) -> AnyConnection:
+        for connection in self.connections:
+            if not connection.load and not connection.parked and connection not in self._stalls.stalled:
+                return connection  # none can be less busy: no need to ask them all
         return min(self.connections, key=lambda c: (c.parked, c in self._stalls.stalled, c.load))
 
     # -- receiving -----------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """How likely a sequence is to be continued, learnt from those of its kind.
 
 A kind is how many sequences continued one another up to it, and how much this one added: short messages late in a conversation
-are answered far more often than long documents behind a template. What is stored is remembered for a while, whether or not its
-blocks are; a sequence is continued when a later one runs through the middle of what it added.
+are answered far more often than long documents behind a template. What is stored is remembered, whether or not its blocks are, until it is
+too late to be continued; a sequence is continued when a later one runs through the middle of what it added.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ TEMPLATE_TURNS = 2
 PRIOR = 20.0
 """Sequences of the mean that a kind starts with."""
 REMEMBERED = 65_536
-"""Sequences remembered at most."""
+"""Sequences remembered at most, some 330 bytes each."""
+LATE = 4
+"""Sequences that came too late to be continued are forgotten so many at a time, never thousands at once."""
 
 Name = tuple[int, bytes]
 
@@ -74,7 +76,17 @@ class Continuing:
         if new == 1 and added and turn_of(kind) > TEMPLATE_TURNS:
             middle -= 1  # the one segment may be an unfinished block, which what continues it replaces
         self._open[names[middle]] = (kind, now, tag)
+        self._open.move_to_end(names[middle])
         self._seen[kind] += 1
         if len(self._open) > self._remembered:
             self._open.popitem(last=False)
+        self._forget(now - horizon)
         return tag
+
+    def _forget(self, before: float) -> None:
+        """What was stored by then can be continued in time no more."""
+        for _ in range(min(LATE, len(self._open))):
+            oldest = next(iter(self._open))
+            if self._open[oldest][1] > before:
+                break
+            del self._open[oldest]

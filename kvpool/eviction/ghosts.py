@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,9 +10,10 @@ from kvpool.table import new_table
 
 DEFAULT_LIMIT = 65_536
 NOBODY = -1
-"""In the place of a run: the key came back."""
+"""In the place of an eviction: the key came back."""
 
 Numbers = NDArray[np.int32]
+Evictions = NDArray[np.int64]
 
 
 class _Place:
@@ -25,18 +23,18 @@ class _Place:
     def __init__(self, name: tuple[int, int]) -> None:
         self.name = name
         self.table = new_table()
-        self.run: NDArray[np.int64] = np.empty(0, np.int64)  # by number of the key
+        self.eviction: Evictions = np.empty(0, np.int64)  # by number of the key
         self.turn: Numbers = np.empty(0, np.int32)
 
-    def add(self, keys: list[bytes], run: int, turns: Numbers) -> Numbers:
+    def add(self, keys: list[bytes], evictions: Evictions, turns: Numbers) -> Numbers:
         """The numbers of new ``keys``; ValueError, adding none, when one is known."""
         numbers = np.empty(len(keys), np.int32)
         self.table.add(keys, 0, numbers)
-        if self.table.high > len(self.run):
-            more = max(64, self.table.high - len(self.run), len(self.run) // 4)
-            self.run = np.concatenate([self.run, np.full(more, NOBODY, np.int64)])
+        if self.table.high > len(self.eviction):
+            more = max(64, self.table.high - len(self.eviction), len(self.eviction) // 4)
+            self.eviction = np.concatenate([self.eviction, np.full(more, NOBODY, np.int64)])
             self.turn = np.concatenate([self.turn, np.zeros(more, np.int32)])
-        self.run[numbers] = run
+        self.eviction[numbers] = evictions
         self.turn[numbers] = turns
         return numbers
 
@@ -46,58 +44,65 @@ class _Place:
         return numbers[: self.table.find(keys, 0, numbers)]
 
 
-@dataclass(slots=True)
-class _Run:
-    """Keys that were evicted together: those of ``numbers`` whose run it still is."""
-
-    place: _Place
-    numbers: Numbers
-    at: float
-    why: str
-
-
 class GhostList:
-    """The last ``limit`` evictions, in whole runs of entries that went together; the oldest are forgotten first.
+    """The last ``limit`` evictions, those of keys that came back included; the oldest are forgotten first.
 
-    A run of thousands of blocks costs a few calls, not a few per block.
+    A ring of columns, 22 bytes an eviction, and a table of the keys that are gone still, some 80 bytes a key (of 32 bytes): what it takes is
+    bounded by ``limit`` whether entries go one by one or thousands together, and those are a few calls, not a few per block.
     """
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
         self._limit = limit
         self._places: dict[tuple[int, int], _Place] = {}
-        self._runs: deque[_Run] = deque()
-        self._first = 0
-        """The number of the oldest run; later ones count on from it."""
-        self._count = 0
-        """Keys in all runs, those that came back included."""
+        self._reasons: list[str] = []
+        # The ring: eviction number n stands at n % limit. Its memory comes as it fills.
+        self._shelf = np.zeros(limit, np.int32)
+        self._unit = np.zeros(limit, np.int32)
+        self._number: Numbers = np.zeros(limit, np.int32)
+        self._at = np.zeros(limit, np.float64)
+        self._why = np.zeros(limit, np.int16)
+        self._next = 0
+        """The number of the next eviction."""
 
     def add(self, shelf: int, unit: int, keys: list[bytes], at: float, why: str, turns: Numbers) -> None:
         """Different keys of entries that were evicted together; see :class:`kvpool.match.Ghost`."""
+        if len(keys) > self._limit:
+            self.drop(shelf, unit, keys[: -self._limit])
+            keys, turns = keys[-self._limit :], turns[-self._limit :]
+        self._forget(len(keys) - max(0, self._limit - self._next))
+        evictions = np.arange(self._next, self._next + len(keys))
         place = self._places.get((shelf, unit))
         if place is None:
             place = self._places[shelf, unit] = _Place((shelf, unit))
-        number = self._first + len(self._runs)
         try:
-            numbers = place.add(keys, number, turns)
+            numbers = place.add(keys, evictions, turns)
         except ValueError:  # one went before, and nobody said that it was there again
             self.drop(shelf, unit, keys)
             place = self._places.setdefault((shelf, unit), place)
-            numbers = place.add(keys, number, turns)
-        self._runs.append(_Run(place, numbers, at, why))
-        self._count += len(keys)
-        while self._count > self._limit:
-            self._forget(self._count - self._limit)
+            numbers = place.add(keys, evictions, turns)
+        if why not in self._reasons:
+            self._reasons.append(why)
+        where = evictions % self._limit
+        self._shelf[where], self._unit[where], self._number[where] = shelf, unit, numbers
+        self._at[where], self._why[where] = at, self._reasons.index(why)
+        self._next += len(keys)
 
-    def _forget(self, most: int) -> None:
-        """The oldest run, or so many of its keys."""
-        run = self._runs[0]
-        numbers = run.numbers[:most]
-        self._remove(run.place, numbers[run.place.run[numbers] == self._first])  # else it came back, or went again later
-        self._count -= len(numbers)
-        run.numbers = run.numbers[most:]
-        if not len(run.numbers):
-            self._runs.popleft()
-            self._first += 1
+    def _forget(self, count: int) -> None:
+        """The oldest ``count`` evictions."""
+        if count <= 0:
+            return
+        oldest = max(0, self._next - self._limit)
+        evictions = np.arange(oldest, oldest + count)
+        where = evictions % self._limit
+        shelves, units, numbers = self._shelf[where], self._unit[where], self._number[where]
+        for name in set(zip(shelves.tolist(), units.tolist(), strict=True)):
+            place = self._places.get(name)
+            if place is not None:
+                here = (shelves == name[0]) & (units == name[1]) & (numbers < len(place.eviction))
+                own = numbers[here]
+                self._remove(
+                    place, own[place.eviction[own] == evictions[here]]
+                )  # else it came back, or went again later
 
     def drop(self, shelf: int, unit: int, keys: list[bytes]) -> None:
         """They are there again."""
@@ -111,7 +116,7 @@ class GhostList:
 
     def _remove(self, place: _Place, numbers: Numbers) -> None:
         place.table.remove_all(numbers)
-        place.run[numbers] = NOBODY
+        place.eviction[numbers] = NOBODY
         if not len(place.table) and self._places.get(place.name) is place:
             del self._places[place.name]  # a table does not shrink, and there may be thousands of them
 
@@ -120,8 +125,8 @@ class GhostList:
         number = -1 if place is None else place.table.get(key)
         if place is None or number < 0:
             return None
-        run = self._runs[int(place.run[number]) - self._first]
-        return Ghost(run.at, run.why, int(place.turn[number]))
+        where = int(place.eviction[number]) % self._limit
+        return Ghost(float(self._at[where]), self._reasons[int(self._why[where])], int(place.turn[number]))
 
     def turns(self, shelf: int, unit: int, keys: list[bytes]) -> Numbers:
         """The turns of the first of ``keys``, as far as they are known."""

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import FIRST, Floats, Stored, Ticks
-from .continuing import Continuing, kind_of
+from .base import FIRST, Floats, Shelf, Stored, Ticks
+from .continuing import REMEMBERED, Continuing, kind_of
 from .lru import Lru
 from .shadow import Shadow, Shown
 
@@ -92,6 +93,11 @@ class Marconi(Lru):
         self._pages = 0.0
         self._logs = 0.0
         self._count = 0
+
+    def bind(self, shelves: Sequence[Shelf], capacity_pages: int) -> None:
+        super().bind(shelves, capacity_pages)
+        # Pages are more than the sequences that a pool holds at a time: a small pool has no use for a long memory.
+        self._continuing = Continuing(min(REMEMBERED, self._capacity))
 
     def kind_of(self, turn: int, added_tokens: int) -> int:
         return kind_of(turn, added_tokens)

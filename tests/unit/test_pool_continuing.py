@@ -1,9 +1,11 @@
 """What the default policy learns: which kinds of sequence go on, and which weights would have hit most."""
 
+import itertools
+
 import numpy as np
 
 from kvpool.eviction.base import Stored
-from kvpool.eviction.continuing import KINDS, UNKNOWN, Continuing, kind_of, turn_of
+from kvpool.eviction.continuing import KINDS, LATE, UNKNOWN, Continuing, kind_of, turn_of
 from kvpool.eviction.marconi import CANDIDATES, WARM, Marconi, Weights
 from kvpool.eviction.shadow import Shadow, Shown
 
@@ -56,6 +58,43 @@ def test_what_is_remembered_is_bounded():
     for i in range(100):
         learnt.stored(names(1, 1_000 + i), 1, 1, i, 1e9)
     assert len(learnt._open) == 10
+
+
+def test_who_is_too_late_is_forgotten():
+    """What is remembered is what came lately enough to be continued, however much is stored altogether."""
+    learnt = Continuing()
+    for i in range(1_000):
+        learnt.stored(names(1, 1_000 + i), 1, 1, 10 * i, 400.0)
+    assert len(learnt._open) == 40
+    # Busier times, then quieter ones: what has piled up goes a few at a time.
+    for i in range(300):
+        learnt.stored(names(1, 5_000 + i), 1, 1, 10_000 + i, 400.0)
+    assert 300 <= len(learnt._open) <= 340
+    sizes = []
+    for i in range(200):
+        learnt.stored(names(1, 9_000 + i), 1, 1, 11_000 + 10 * i, 400.0)
+        sizes.append(len(learnt._open))
+    assert max(a - b for a, b in itertools.pairwise(sizes)) == LATE - 1
+    assert sizes[-1] == 40
+
+
+def test_who_is_stored_again_is_the_newest():
+    learnt = Continuing()
+    for i in range(100):
+        learnt.stored(names(1, 1_000 + i), 1, 1, i, 50.0)
+        learnt.stored(names(1, 7, 8), 3, kind_of(2, 100), i, 50.0)  # nothing of it is new
+    assert len(learnt._open) == 51
+
+
+def test_a_pool_remembers_no_more_sequences_than_it_has_pages():
+    policy = Marconi()
+    policy.bind((), 200)
+    for i in range(3_000):
+        keys = names(1_000_000 + i)
+        policy.first_rank(np.arange(10 * i, 10 * i + 1), np.ones(1, np.float32), np.ones(1, np.int32), 1)
+        policy.learn(Stored(keys, [1], [1.0], [512], [], False, 0, 1))
+        assert len(policy._continuing._open) <= 200
+    assert len(policy._continuing._open) == 200
 
 
 def test_a_conversation_keeps_its_tag_and_others_spread():

@@ -14,6 +14,7 @@ from kvpool.errors import (
     PrefixMissingError,
     QuotaError,
 )
+from kvpool.eviction import GhostList
 from kvpool.flat import FlatGet
 from kvpool.keys import KeyChain, Namespace
 from kvpool.match import Reason
@@ -623,9 +624,9 @@ def test_many_evictions_leave_the_order_small():
     check_idle(core)
 
 
-def test_ghosts_are_bounded(monkeypatch):
+def test_ghosts_are_bounded():
     core = make_core(pages=32)
-    core._ghosts._limit = 10
+    core._ghosts = GhostList(limit=10)
     ns = core.open_namespace("t", LAYOUTS["dense"], STEP)
     for i in range(20):
         store(core, ns, [i, *TOKENS], 96)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import tracemalloc
 import weakref
 
 import numpy as np
@@ -261,6 +262,36 @@ def test_ghosts_like_a_list():
         for k in rng.sample(range(120), 10):
             found = ghosts.get(*place, b"%d" % k)
             assert (found and found.at) == known.get((place, b"%d" % k))
+
+
+@pytest.mark.parametrize("together", [1, 100])
+def test_ghosts_take_no_more_with_time(together):
+    """Neither bytes nor objects for the garbage collector, though every key is new and each run is forgotten in its turn."""
+    limit, number = 2_000, 0
+    ghosts = GhostList(limit)
+
+    def evict(count):
+        nonlocal number
+        for _ in range(count // together):
+            keys = [b"%032d" % (number + i) for i in range(together)]
+            ghosts.add(0, number % 2, keys, float(number), "capacity", turns(*[1] * together))
+            if number % 3 == 0:
+                ghosts.drop(0, number % 2, keys)  # came back: its place in the order is taken nevertheless
+            number += together
+
+    evict(3 * limit)
+    tracemalloc.start()
+    try:
+        gc.collect()
+        objects, before = len(gc.get_objects()), tracemalloc.get_traced_memory()[0]
+        evict(5 * limit)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < 20_000
+        assert len(gc.get_objects()) - objects < 50
+    finally:
+        tracemalloc.stop()
+    columns = (ghosts._shelf, ghosts._unit, ghosts._number, ghosts._at, ghosts._why)
+    assert sum(c.nbytes for c in columns) == 22 * limit
 
 
 class Cycle:

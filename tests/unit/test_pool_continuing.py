@@ -57,7 +57,7 @@ def test_what_is_remembered_is_bounded():
     learnt = Continuing(remembered=10)
     for i in range(100):
         learnt.stored(names(1, 1_000 + i), 1, 1, i, 1e9)
-    assert len(learnt._open) == 10
+    assert len(learnt) == 10
 
 
 def test_who_is_too_late_is_forgotten():
@@ -65,17 +65,52 @@ def test_who_is_too_late_is_forgotten():
     learnt = Continuing()
     for i in range(1_000):
         learnt.stored(names(1, 1_000 + i), 1, 1, 10 * i, 400.0)
-    assert len(learnt._open) == 40
+    assert len(learnt) == 40
     # Busier times, then quieter ones: what has piled up goes a few at a time.
     for i in range(300):
         learnt.stored(names(1, 5_000 + i), 1, 1, 10_000 + i, 400.0)
-    assert 300 <= len(learnt._open) <= 340
+    assert 300 <= len(learnt) <= 340
     sizes = []
     for i in range(200):
         learnt.stored(names(1, 9_000 + i), 1, 1, 11_000 + 10 * i, 400.0)
-        sizes.append(len(learnt._open))
+        sizes.append(len(learnt))
     assert max(a - b for a, b in itertools.pairwise(sizes)) == LATE - 1
     assert sizes[-1] == 40
+
+
+def test_what_is_remembered_like_a_dict():
+    """At random, against the plainest thing that does the same: whom it knows, what counts as continued, whose tag goes on."""
+    rng = np.random.default_rng(5)
+    learnt, plain, stored, continued = Continuing(remembered=30), {}, [], 0
+    first_tag = {}
+    for now in range(3_000):
+        path = rng.integers(0, 40, 3).tolist()
+        horizon = float(rng.integers(10, 60))
+        tag = learnt.stored(names(*path), 2, 1, now, horizon)
+        known = next((k for k in reversed(path) if k in plain), None)
+        if known is not None:
+            continued += now - plain[known][0] < horizon
+            assert tag == plain.pop(known)[1]
+        else:
+            assert tag == first_tag.setdefault(path[2], tag)
+        if len(stored) == 30:
+            oldest = stored.pop(0)
+            if oldest[1] in plain and plain[oldest[1]][0] == oldest[0]:
+                del plain[oldest[1]]
+        plain[path[2]] = (now, tag)
+        stored.append((now, path[2]))
+        for _ in range(LATE):
+            at, key = stored[0]
+            current = key in plain and plain[key][0] == at
+            if current and at > now - horizon:
+                break
+            stored.pop(0)
+            if current:
+                del plain[key]
+            if not stored:
+                break
+        assert len(learnt) == len(plain)
+        assert sum(learnt._continued) == continued
 
 
 def test_who_is_stored_again_is_the_newest():
@@ -83,7 +118,7 @@ def test_who_is_stored_again_is_the_newest():
     for i in range(100):
         learnt.stored(names(1, 1_000 + i), 1, 1, i, 50.0)
         learnt.stored(names(1, 7, 8), 3, kind_of(2, 100), i, 50.0)  # nothing of it is new
-    assert len(learnt._open) == 51
+    assert len(learnt) == 51
 
 
 def test_a_pool_remembers_no_more_sequences_than_it_has_pages():
@@ -93,8 +128,8 @@ def test_a_pool_remembers_no_more_sequences_than_it_has_pages():
         keys = names(1_000_000 + i)
         policy.first_rank(np.arange(10 * i, 10 * i + 1), np.ones(1, np.float32), np.ones(1, np.int32), 1)
         policy.learn(Stored(keys, [1], [1.0], [512], [], False, 0, 1))
-        assert len(policy._continuing._open) <= 200
-    assert len(policy._continuing._open) == 200
+        assert len(policy._continuing) <= 200
+    assert len(policy._continuing) == 200
 
 
 def test_a_conversation_keeps_its_tag_and_others_spread():

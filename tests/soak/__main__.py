@@ -92,8 +92,18 @@ class Client:
 
     async def run(self) -> None:
         while True:
-            pool = await connect("127.0.0.1", self.port, connections=self.random.choice([1, 2, 4]))
-            ns = await pool.namespace(LAYOUT, STEP)
+            try:
+                pool = await connect("127.0.0.1", self.port, connections=self.random.choice([1, 2, 4]))
+            except KVError as error:
+                self.failed(error)
+                await asyncio.sleep(0.2)
+                continue
+            try:
+                ns = await pool.namespace(LAYOUT, STEP)
+            except KVError as error:  # a machine that stood still, say
+                self.failed(error)
+                await pool.close()
+                continue
             until = time.monotonic() + self.random.uniform(5, 20)
             tasks = [asyncio.create_task(self.work(pool, ns, until)) for _ in range(self.workers)]
             try:
@@ -121,7 +131,10 @@ class Client:
             except MissError:
                 self.counts["misses"] += 1
             except KVError as error:
-                self.counts[type(error).__name__] += 1
+                self.failed(error)
+
+    def failed(self, error: KVError) -> None:
+        self.counts[type(error).__name__] += 1
 
     async def prefix(self, pool: PoolClient, ns: Namespace) -> None:
         """Look a prompt up, read and check what is there, store the rest."""

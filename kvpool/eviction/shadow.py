@@ -10,6 +10,7 @@ import heapq
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from .base import FIRST
 
@@ -45,6 +46,7 @@ class Shadow:
         self._keys = array("q")
         self._free: list[int] = []
         self._parent = array("q")
+        self._stop = array("q")  # tokens at its end
         self._pages = array("q")
         self._rank = array("d")
         self._children = array("q")
@@ -74,10 +76,14 @@ class Shadow:
         path: list[int] = []
         self._now += 1
         hit = 0
-        for key in keys:
+        stops = list(accumulate(shown.tokens))
+        for i, key in enumerate(keys):
             row = rows.get(key)
             if row is None:
-                break
+                below = next((rows[k] for k in keys[i + 1 :] if k in rows), None)
+                if below is None:
+                    break
+                row = self._split(below, key, stops[i])
             path.append(row)
             if self._end_pages[row] or not shown.needs_ends:
                 hit = len(path)
@@ -97,14 +103,30 @@ class Shadow:
             if i >= known or not self._end_pages[path[i]]:
                 need += pages
         if self._room(need):
-            self._place(shown, path, need, bonus, weight)
+            self._place(shown, path, stops, need, bonus, weight)
         return sum(shown.tokens[:hit])
 
-    def _place(self, shown: Shown, path: list[int], need: int, bonus: float, weight: float) -> None:
+    def _split(self, row: int, key: int, stop: int) -> int:
+        """The new segment ``key`` up to ``stop`` tokens, out of ``row`` or what is before it; its share of the pages is its.
+
+        Sequences are cut where checkpoints are: a new one cuts in two what was one segment.
+        """
+        while (parent := self._parent[row]) >= 0 and self._stop[parent] > stop:
+            row = parent
+        first = self._stop[parent] if parent >= 0 else 0
+        pages = self._pages[row] * (stop - first) // max(1, self._stop[row] - first)
+        self._pages[row] -= pages
+        new = self._new(key, parent, stop, pages, self._rank[row], bool(self._needs_end[row]))
+        self._children[new] = 1
+        self._parent[row] = new
+        return new
+
+    def _place(self, shown: Shown, path: list[int], stops: list[int], need: int, bonus: float, weight: float) -> None:
         keys, known = shown.keys, len(path)
         for i in range(known, len(keys)):
             rank = bonus + weight * shown.value[i] - i
-            path.append(self._new(keys[i], path[-1] if path else -1, shown.pages[i], rank, shown.needs_ends))
+            parent = path[-1] if path else -1
+            path.append(self._new(keys[i], parent, stops[i], shown.pages[i], rank, shown.needs_ends))
             if i:
                 self._children[path[i - 1]] += 1
         if known < len(keys):  # the others are queued when they have become leaves
@@ -185,16 +207,18 @@ class Shadow:
         heapq.heappush(self._heap, (FIRST, False, key))
         return True
 
-    def _new(self, key: int, parent: int, pages: int, rank: float, needs_end: bool) -> int:
+    def _new(self, key: int, parent: int, stop: int, pages: int, rank: float, needs_end: bool) -> int:
         if not self._free:
             self._free.append(len(self._keys))
-            for column in (self._keys, self._parent, self._pages, self._children, self._end_pages, self._pinned):
+            columns = (self._keys, self._parent, self._stop, self._pages, self._children, self._end_pages, self._pinned)
+            for column in columns:
                 column.append(0)
             self._rank.append(0.0)
             self._end_rank.append(0.0)
             self._needs_end.append(0)
         row = self._rows[key] = self._free.pop()
-        self._keys[row], self._parent[row], self._pages[row], self._rank[row] = key, parent, pages, rank
+        self._keys[row], self._parent[row], self._stop[row] = key, parent, stop
+        self._pages[row], self._rank[row] = pages, rank
         self._children[row] = self._end_pages[row] = 0
         self._pinned[row], self._needs_end[row] = self._now, needs_end
         return row

@@ -185,6 +185,46 @@ def test_a_shadow_hits_at_checkpoints_only():
     assert shadow.request(shown([1, 2, 3, 6], ends=[(3, 5, 0.0)], needs_ends=True)) == 30
 
 
+def test_a_checkpoint_that_cuts_a_segment_in_two():
+    """What follows the new cut is known already: it is not held twice, and goes when it is its turn."""
+    shadow = Shadow(0.0, 0.0, 100)
+    whole = Shown([1, 9], [10, 20], [512, 512], [0.0, 0.0], [(1, 5, 0.0)], True, 0.0)
+    assert shadow.request(whole) == 0
+    assert shadow.used == 35
+    cut = Shown([1, 5, 9], [10, 10, 10], [512, 256, 256], [0.0] * 3, [(1, 5, 0.0), (2, 5, 0.0)], True, 0.0)
+    assert shadow.request(cut) == 1024
+    assert (shadow.used, shadow.nodes) == (40, 3)
+    assert [shadow._pages[shadow._rows[key]] for key in (1, 5, 9)] == [10, 10, 10]
+    # Cut elsewhere, when what ends there is known no more by the pool: before one of the shadow's own cuts, too.
+    early = Shown([1, 3, 9], [10, 5, 15], [512, 128, 384], [0.0] * 3, [(1, 5, 0.0), (2, 5, 0.0)], True, 0.0)
+    assert shadow.request(early) == 1024
+    assert [shadow._pages[shadow._rows[key]] for key in (1, 3, 5, 9)] == [10, 5, 5, 10]
+    assert (shadow.used, shadow.nodes) == (45, 4)
+    shadow.request(Shown([50], [100], [512], [0.0], [], False, 0.0))
+    assert (shadow.used, shadow.nodes) == (100, 1)
+
+
+def test_a_shadow_holds_what_it_counts_however_sequences_are_cut():
+    rng = np.random.default_rng(3)
+    shadow = Shadow(0.0, 1.0, 500)
+    hits = 0
+    for _ in range(3_000):
+        family, end = int(rng.integers(12)), int(rng.integers(1, 17))
+        cuts = sorted({*(8 * i for i in range(1, end // 8 + 1)), *rng.integers(1, end + 1, 2).tolist(), end})
+        sizes = np.diff(cuts, prepend=0).tolist()
+        ends = [(i, 3, 0.0) for i, c in enumerate(cuts) if c % 8]
+        keys = [1_000 * family + c for c in cuts]
+        hits += shadow.request(
+            Shown(keys, [4 * n for n in sizes], [64 * n for n in sizes], [0.0] * len(keys), ends, True, 0.0)
+        )
+        rows = shadow._rows.values()
+        assert sum(shadow._pages[r] + shadow._end_pages[r] for r in rows) == shadow.used <= 500
+        assert len(shadow._rows) + len(shadow._free) == len(shadow._keys)
+    assert hits > 0
+    assert shadow.request(Shown([1], [500], [64], [0.0], [], False, 0.0)) == 0
+    assert (shadow.used, shadow.nodes) == (500, 1)  # everything else could go
+
+
 def conversation(i, turn):
     """Turn after turn one segment more, of conversations that a third of the traffic goes on with."""
     return names(0, *(1_000 * i + t for t in range(1, turn + 3)))

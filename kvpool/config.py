@@ -71,6 +71,8 @@ class DaemonConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What is evicted first: marconi, lru, s3fifo, sieve or gdsf."""
     quotas: dict[str, str] = {}
     """Memory by tenant, as sizes."""
+    tenant_gbps: dict[str, float] = {}
+    """Bandwidth by tenant of what this node sends it, all its reads together, 1e9 bits a second; others are not limited."""
     explain_tenants: bool = False
     """Let explanations say that another tenant has the same tokens: for pools whose users may know of one another."""
     lock: bool = True
@@ -175,6 +177,9 @@ def load(path: Path | None, overrides: dict[str, object]) -> DaemonConfig:
     ):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} must be above 0, got {getattr(config, name)}")
+    for tenant, gbps in config.tenant_gbps.items():
+        if not gbps > 0:
+            raise ConfigError(f"tenant_gbps of {tenant!r} must be above 0, got {gbps}")
     for key, count in {
         "replicas": config.replicas,
         "hot_replicas": config.hot_replicas,

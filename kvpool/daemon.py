@@ -142,6 +142,7 @@ async def run(config: DaemonConfig) -> bool:
         reconnect_s=config.reconnect_s,
         tls=config.tls_config,
         tokens=config.token_store,
+        tenant_bytes_per_s={tenant: gbps * 1e9 / 8 for tenant, gbps in config.tenant_gbps.items()},
         spill=SpillPolicy(budget_bytes=0),
     )
     endpoint = Endpoint(endpoint_config)

@@ -42,6 +42,10 @@ class TenantPacer:
         else:
             self._tenants[tenant] = Allowances(TokenBucket(bytes_per_s, self._loop.time()))
 
+    def caps(self, tenant: str) -> bool:
+        """Whether there is a cap for it."""
+        return tenant in self._tenants
+
     def join(self, sender: Sender, tenant: str) -> None:
         """A transfer of ``tenant`` was opened; nothing of it was sent yet."""
         allowances = self._tenants.get(tenant)

@@ -167,13 +167,19 @@ class Moving:
         priority: int = 0,
         bytes_per_s: float | None = None,
     ) -> None:
-        """Open the transfer and send on, beside everything else; ``get`` is closed when that is over."""
-        pace = "" if bytes_per_s is None else f"get {transfer.hex()}"  # a name that nobody else has
+        """Open the transfer and send on, beside everything else; ``get`` is closed when that is over.
+
+        Not faster than ``bytes_per_s``; to a tenant with a cap, as that allows all its transfers together, whatever it asks for. Nodes
+        of the cluster copy for all tenants, and have a pace of their own.
+        """
+        tenant = "" if session.is_node else session.tenant
+        free = bytes_per_s is None or self._endpoint.pacer.caps(tenant)
+        pace = "" if free else f"get {transfer.hex()}"  # a name that nobody else has
         try:
             if pace:
                 self._endpoint.cap_tenant(pace, bytes_per_s)
             sender = session.link.open(
-                get.manifest(transfer), deadline_s=max(0.001, deadline_s), priority=priority, tenant=pace
+                get.manifest(transfer), deadline_s=max(0.001, deadline_s), priority=priority, tenant=pace or tenant
             )
         except BaseException:
             if pace:

@@ -26,11 +26,16 @@ class Session:
         self.puts: dict[bytes, FlatPut] = {}
         """Objects on their way, by transfer."""
 
+    @property
+    def is_node(self) -> bool:
+        """Whether its certificate says that it is a node of the cluster."""
+        return self.link.identity is not None and self.link.identity.node
+
     def speaks_for(self, tenant: str | None) -> str:
         """The tenant of a namespace that names one: the session's own, or any for a node of the cluster. Raises RefusedError."""
         if tenant is None or tenant == self.tenant:
             return self.tenant
-        if self.link.identity is None or not self.link.identity.node:
+        if not self.is_node:
             raise RefusedError(
                 f"this session is tenant {self.tenant!r} and cannot speak for {tenant!r}: connect as that tenant; only nodes of "
                 "the cluster, by a certificate with a URI kvpool://node/NAME, copy what belongs to others"

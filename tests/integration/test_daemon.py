@@ -396,14 +396,14 @@ async def test_a_get_that_is_refused_holds_nothing_and_lifts_no_cap(served, hybr
             await client.link.call("get", args(**wrong))
         assert served.core.stat()["active"] == 0
 
-    served.endpoint.cap_tenant("", 1 << 20)
+    served.endpoint.cap_tenant("default", 1 << 20)
     named = {"transfer": new_transfer_id()}
     await client.link.call("get", args(**named))
     for pace in ({}, {"bytes_per_s": 1e6}):
         with pytest.raises(KVError, match="open on this link already"):
             await client.link.call("get", args(**named, **pace))
     assert served.core.stat()["active"] == 1
-    assert set(served.endpoint.pacer._tenants) == {""}
+    assert set(served.endpoint.pacer._tenants) == {"default"}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import kvpool
 from kvpool.cli import app
 from kvpool.config import load
 from kvpool.security import RefusalReport
-from kvtransport.errors import ConfigError, HandshakeError, TlsError
+from kvtransport.errors import ConfigError, DeadlineError, HandshakeError, TlsError
 
 
 @pytest.fixture
@@ -104,6 +104,37 @@ async def test_tenants_come_from_tokens_and_certificates_and_are_apart(cluster, 
             )
 
 
+async def read(pool, layout, **options) -> None:
+    """What :func:`put_one` stored."""
+    ns = await pool.namespace(layout, block_tokens=64)
+
+    def into(manifest):
+        return {(e.layer, e.tensor): kvpool_pages(e.nbytes) for e in manifest.extents}
+
+    receiver = await pool.get(ns, kvpool.KeyChain(ns, np.arange(200)), boundary=128, into=into, **options)
+    await receiver.sealed()
+
+
+async def test_what_a_tenant_reads_is_capped_for_it_alone(cluster, hybrid):
+    """By the settings, here at a byte a second; whoever asks for a pace of its own does not get round it."""
+    settings = cluster / "kvpoold.toml"
+    settings.write_text("tenant_gbps = {acme = 8e-9}\n" + settings.read_text())
+    with daemon(cluster) as (port, _):
+        ca = cluster / "ca.pem"
+        alice = kvpool.client_config(authority=ca, certificate=cluster / "alice.pem", key=cluster / "alice.key")
+        bob = kvpool.client_config(authority=ca, token=cluster / "bob.token")
+        async with (
+            await kvpool.connect("127.0.0.1", port, config=alice) as capped,
+            await kvpool.connect("127.0.0.1", port, config=bob) as free,
+        ):
+            await put_one(capped, hybrid)
+            await put_one(free, hybrid)
+            for options in ({}, {"bytes_per_s": 1e9}):
+                with pytest.raises(DeadlineError):
+                    await read(capped, hybrid, deadline_s=0.5, **options)
+            await read(free, hybrid)
+
+
 def test_the_admin_command_with_a_certificate_a_token_and_neither(cluster):
     with daemon(cluster) as (port, _):
         address = f"127.0.0.1:{port}"
@@ -169,6 +200,7 @@ def test_certs_without_its_authoritys_key(tmp_path):
     ("text", "says"),
     [
         ("[tls]\nauthority = 'ca.pem'\n", "missing required field `certificate`"),
+        ("tenant_gbps = {acme = 0}\n", "tenant_gbps of 'acme' must be above 0"),
         ("[tls]\nauthority = 'a'\ncertificate = 'b'\nkey = 'c'\ncolour = 'd'\n", "unknown field `colour`"),
     ],
 )

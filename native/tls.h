@@ -56,7 +56,7 @@ typedef struct kv_tls_records {
     size_t out_at, out_end, out_capacity;
     bool shut;
     bool kernel; /* the kernel seals what is sent (kTLS) */
-    uint64_t kernel_bytes;
+    uint64_t kernel_records; /* it made so many */
 } kv_tls_records;
 
 /* NULL where the cipher suite (its IANA number) is none of TLS 1.3's that are supported. */

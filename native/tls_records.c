@@ -24,6 +24,7 @@
 #define MAX_IDLE 32
 
 enum { ALERT = 21, HANDSHAKE = 22, DATA = 23 };
+enum { SOL_TLS_ = 282, TLS_TX_ = 1, TLS_SET_RECORD_TYPE_ = 1 }; /* linux/tls.h, linux/socket.h */
 enum { NEW_SESSION_TICKET = 4, KEY_UPDATE = 24 };
 
 struct kv_tls_suite {
@@ -258,17 +259,30 @@ int kv_tls_flush(kv_tls_records *r) {
 
 static ssize_t kernel_writev(kv_tls_records *r, const struct iovec *items, size_t count) {
     /* Kernels before 6.14 cannot renew keys: rather lose the connection, which the link replaces. */
-    if (r->kernel_bytes / KV_TLS_PLAIN >= r->update_records || atomic_load(&r->update_wanted)) return -EKEYEXPIRED;
+    if (r->kernel_records >= r->update_records || atomic_load(&r->update_wanted)) return -EKEYEXPIRED;
     struct msghdr message = {.msg_iov = (struct iovec *)(uintptr_t)items};
     message.msg_iovlen = count < 1024 ? count : 1024;
     for (;;) {
         ssize_t n = sendmsg(r->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (n >= 0) {
-            r->kernel_bytes += (uint64_t)n;
+            r->kernel_records += ((uint64_t)n + KV_TLS_PLAIN - 1) / KV_TLS_PLAIN; /* none goes on into the next call's bytes */
             return n;
         }
         if (errno != EINTR) return errno == EWOULDBLOCK ? -EAGAIN : -errno;
     }
+}
+
+/* An alert has another record type, which the kernel is told beside it. One that does not fit now is not sent. */
+static void kernel_alert(kv_tls_records *r, const unsigned char *alert) {
+    union {
+        struct cmsghdr head;
+        char room[CMSG_SPACE(1)];
+    } control = {.room = {0}};
+    struct iovec item = {.iov_base = (void *)(uintptr_t)alert, .iov_len = 2};
+    struct msghdr message = {.msg_iov = &item, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = CMSG_LEN(1)};
+    control.head.cmsg_level = SOL_TLS_, control.head.cmsg_type = TLS_SET_RECORD_TYPE_, control.head.cmsg_len = CMSG_LEN(1);
+    *CMSG_DATA(&control.head) = ALERT;
+    sendmsg(r->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
 ssize_t kv_tls_writev(kv_tls_records *r, const struct iovec *items, size_t count) {
@@ -298,7 +312,8 @@ ssize_t kv_tls_writev(kv_tls_records *r, const struct iovec *items, size_t count
 void kv_tls_shutdown(kv_tls_records *r) {
     if (r->shut) return;
     const unsigned char close_notify[] = {1, 0};
-    if (!r->kernel && (out_room(r) >= 64 || kv_tls_flush(r) == 0)) seal_bytes(r, ALERT, close_notify, 2);
+    if (r->kernel) kernel_alert(r, close_notify);
+    else if (out_room(r) >= 64 || kv_tls_flush(r) == 0) seal_bytes(r, ALERT, close_notify, 2);
     r->shut = true;
     kv_tls_flush(r);
 }
@@ -460,7 +475,6 @@ bool kv_tls_pending(const kv_tls_records *r) {
 #ifndef TCP_ULP
 #define TCP_ULP 31
 #endif
-enum { SOL_TLS_ = 282, TLS_TX_ = 1 }; /* linux/tls.h, linux/socket.h */
 
 bool kv_tls_try_kernel(kv_tls_records *r) {
     /* struct tls12_crypto_info_*: version, cipher, iv, key, salt, record sequence; GCM's salt is the IV's first 4 bytes. */

@@ -1,4 +1,4 @@
-"""Runs the fuzz targets, Python (atheris) and C (libFuzzer with sanitizers), one after the other.
+"""Runs the fuzz targets, Python (atheris) and C (libFuzzer with sanitizers), one after the other or --jobs side by side.
 
     python tests/fuzz/run.py --seconds 60 [--only NAME] [--json FILE] [--keep]
     python tests/fuzz/run.py --replay             only the corpora, every file once
@@ -14,13 +14,13 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,7 @@ def run(name: str, seconds: int, findings: Path, *, hang_s: int, replay: bool, k
         row |= {"new_inputs": 0, "finding": False}
         log = findings / f"{name}.log"
         log.unlink(missing_ok=True)
-        started, before = time.monotonic(), _cpu_s()
-        left = seconds
+        started, used, left = time.monotonic(), 0.0, seconds
         # In rounds: libFuzzer knows only time on the wall, and others may have had the processor.
         while not row["finding"]:
             limits = ["-runs=0"] if replay else [f"-max_total_time={left}"]
@@ -129,9 +128,16 @@ def run(name: str, seconds: int, findings: Path, *, hang_s: int, replay: bool, k
             ]
             with log.open("ab") as out:
                 start = out.tell()
-                code = subprocess.run(
-                    [*command, *arguments, str(found), str(begin)], cwd=ROOT, env=environment, stdout=out, stderr=out
-                ).returncode  # fmt: skip
+                code, cpu_s = _wait(
+                    subprocess.Popen(
+                        [*command, *arguments, str(found), str(begin)],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=out,
+                        stderr=out,
+                    )
+                )
+            used += cpu_s
             text = log.read_bytes()[start:].decode(errors="replace")
             row["executions"] += max(map(int, re.findall(r"^#(\d+)\s", text, re.M)), default=0)
             for key, pattern in (
@@ -140,7 +146,7 @@ def run(name: str, seconds: int, findings: Path, *, hang_s: int, replay: bool, k
                 ("edges_known", r"\((\d+) inline"),
             ):
                 row[key] = max(row[key], *map(int, re.findall(pattern, text)), 0)
-            row["seconds"], row["cpu_seconds"] = round(time.monotonic() - started), round(_cpu_s() - before)
+            row["seconds"], row["cpu_seconds"] = round(time.monotonic() - started), round(used)
             row["new_inputs"] = len(list(found.iterdir()))
             if code:
                 row["finding"], row["output"] = True, text[-6000:]
@@ -152,9 +158,11 @@ def run(name: str, seconds: int, findings: Path, *, hang_s: int, replay: bool, k
         return row
 
 
-def _cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def _wait(process: subprocess.Popen[bytes]) -> tuple[int, float]:
+    """Exit status, and seconds of a processor: of this process alone, others may run beside it."""
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, used.ru_utime + used.ru_stime
 
 
 def _name(data: bytes) -> str:
@@ -192,6 +200,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=int, default=60, help="of processor time, per target")
     parser.add_argument("--only", choices=[*PYTHON_TARGETS, *C_TARGETS], action="append")
+    parser.add_argument("--jobs", type=int, default=1, help="targets side by side")
     parser.add_argument("--replay", action="store_true", help="run the corpora once, and nothing else")
     parser.add_argument("--keep", action="store_true", help="merge into the corpora what was found")
     parser.add_argument(
@@ -201,21 +210,25 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.findings.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in args.only or [*PYTHON_TARGETS, *C_TARGETS]:
-        row = run(name, args.seconds, args.findings.resolve(), hang_s=args.hang, replay=args.replay, keep=args.keep)
-        rows.append(row)
-        edges = f"{row['edges']:>6} edges" + (f" of {row['edges_known']}" if row["edges_known"] else "")
-        what = "FINDING" if row["finding"] else "no finding"
-        print(
-            f"{name:10} {row['executions']:>10} executions in {row['cpu_seconds']} s  {edges}  {row['features']:>6} features  {what}",
-            flush=True,
-        )
-        if row["finding"]:
-            print(row["output"], file=sys.stderr)
-        if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+
+    def one(name: str) -> dict[str, Any]:
+        return run(name, args.seconds, args.findings.resolve(), hang_s=args.hang, replay=args.replay, keep=args.keep)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(one, args.only or [*PYTHON_TARGETS, *C_TARGETS]):
+            rows.append(row)
+            edges = f"{row['edges']:>6} edges" + (f" of {row['edges_known']}" if row["edges_known"] else "")
+            what = "FINDING" if row["finding"] else "no finding"
+            print(
+                f"{row['target']:10} {row['executions']:>10} executions in {row['cpu_seconds']} s  {edges}  {row['features']:>6} features  {what}",
+                flush=True,
+            )
+            if row["finding"]:
+                print(row["output"], file=sys.stderr)
+            if args.json is not None:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if any(row["finding"] for row in rows) else 0
 
 

@@ -247,7 +247,8 @@ class PoolClient:
         if total <= HASH_FIRST_BYTES:
             args["checksums"] = (await checksums_of(sources, sizes, whole)).tobytes()
         reply = await self.link.call("put_objects", args)
-        sender = self.link.open(Manifest.of_objects([total], transfer=reply["transfer"]), deadline_s=DEFAULT_DEADLINE_S)
+        manifest = Manifest.of_objects([total], transfer=reply["transfer"])
+        sender = self.link.open(manifest, deadline_s=DEFAULT_DEADLINE_S, held=True)
         try:
             for start, pages in units(sources, whole):
                 sender.hand_over(0, 0, start, pages)

@@ -27,6 +27,7 @@ from .errors import (
 from .flow.addresses import Addresses
 from .flow.backoff import Backoff
 from .flow.keepalive import Keepalive, Verdict
+from .flow.spilling import NO_SPILL
 from .flow.stalls import Stalls
 from .flow.tuning import MOST, Tuning, window_for
 from .flow.whole import most_whole
@@ -167,13 +168,15 @@ class Link:
         chunk_bytes: int | None = None,
         checksum: bool = True,
         tenant: str = "",
+        held: bool = False,
     ) -> Sender:
         """Open a transfer to the peer; returns at once, units may be handed over before it is accepted.
 
         A small one that is handed over and sealed without waiting in between takes one round trip (``whole_bytes``).
 
         ``deadline_s``: the transfer fails with DeadlineError when it is not sealed by then. ``tenant``: whose cap
-        (:meth:`.endpoint.Endpoint.cap_tenant`) it counts in. Raises the link's
+        (:meth:`.endpoint.Endpoint.cap_tenant`) it counts in. ``held``: the memory stays as it is
+        until the seal anyway, and nothing is copied aside (spilled) to give it back earlier. Raises the link's
         error when the link has ended, ProtocolError when the transfer is open already.
         """
         self._check()
@@ -187,7 +190,7 @@ class Link:
             priority=priority,
             chunk_bytes=chunk_bytes or config.chunk_bytes or self.tuner.choice.chunk_bytes,
             checksum=checksum,
-            spill=config.spill,
+            spill=NO_SPILL if held else config.spill,
             area=self._endpoint.spill_area,
             coding=self._coding,
             whole_bytes=self._whole_bytes,

@@ -36,3 +36,7 @@ class SpillPolicy:
         It ``waited_s``; its transfer was without credit for ``stalled_s``, and without progress for ``still_s``.
         """
         return self.budget_bytes > 0 and (stalled_s >= self.stalled_s or min(waited_s, still_s) >= self.after_s)
+
+
+NO_SPILL = SpillPolicy(budget_bytes=0)
+"""Nothing is copied aside."""

@@ -239,6 +239,23 @@ async def test_without_credit_ready_units_spill_and_their_memory_is_free(pair, h
     assert pair.producer.spill_area.used_bytes == 0
 
 
+async def test_what_is_held_until_the_seal_is_not_copied_aside(pair, hybrid, make_manifest):
+    await pair.start(producer=EndpointConfig(spill=SpillPolicy(budget_bytes=64 << 20)))
+    manifest, other = make_manifest(2000), make_manifest(1000)
+    source, target = Cache(manifest, seed=4, page_bytes=5000), Cache(manifest, blank=True)
+    held, free = pair.link.open(manifest, held=True), pair.link.open(other)
+    kept = hand_over_all(held, source)
+    for handover in hand_over_all(free, Cache(other)):  # later, and aside already
+        await asyncio.wait_for(handover.released(), 60)
+    assert not any(h.done for h in kept)
+    receiver = expect(pair, manifest, target, hybrid)
+    await asyncio.gather(held.seal(), receiver.sealed())
+    assert target.bytes() == source.bytes()
+    assert held.stats.spilled_bytes == 0
+    assert free.stats.spilled_bytes == other.total_bytes
+    await free.cancel()
+
+
 async def test_a_full_spill_budget_waits_or_fails_as_configured(pair, hybrid, make_manifest):
     await pair.start(producer=EndpointConfig(spill=SpillPolicy(budget_bytes=1 << 20, when_full=WhenFull.FAIL)))
     manifest = make_manifest(4000)

@@ -30,7 +30,7 @@ typedef struct {
 
 typedef struct {
     kv_slots now, old; /* old.items is NULL unless the table is growing */
-    size_t cursor, left; /* of old: the next slot to move, and how many are left */
+    size_t cursor, left, moved; /* of old: the next slot to move, how many are left from there, and how many were before */
     kv_key_segment **segments;
     size_t segment_count, segment_room;
     uint32_t high;      /* numbers below this have been given out at least once */

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -264,6 +265,18 @@ def test_both_behave_alike(steps, width):
                 results.append(str(error))
         assert results[0] == results[1]
         assert (len(native), native.high) == (len(pure), pure.high)
+
+
+def test_a_table_that_grows_touches_its_new_memory_in_order():
+    """A page of it for each new key would be a page fault each: milliseconds for those of one sequence."""
+    table = _native.KeyTable(1)
+    before_growing = (1 << 19) * 3 // 4 - 300
+    add(table, random.Random(1).randbytes(32 * before_growing), 32)
+    new = random.Random(2).randbytes(32 * 1_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    add(table, new, 32)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 300  # some 800 if they went all over it
+    assert table.nbytes > 24 << 20  # it did grow: a million slots, and the old ones still
 
 
 def test_memory_a_key():

@@ -72,6 +72,9 @@ def _slice(first: int, last: int, mutation: str | None) -> tuple[Counter[str], d
             except Violation as violation:
                 failed[seed] = str(violation)
                 continue
+            except Exception as error:  # noqa: BLE001 - nothing else may come out of a seed
+                failed[seed] = f"seed {seed}: {error!r}"
+                continue
             counts.update(hits=world.hits, misses=world.misses, errors=world.errors, copies=world.copies)
             counts.update({f"profile {world.profile}": 1, "seeds": 1})
             counts.update(f"fault {name}" for name in world.faults)

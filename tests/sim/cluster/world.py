@@ -233,7 +233,11 @@ class World:
             random=self.rng.random,
             entropy=self.rng.randbytes,
         )
-        await pool.start()
+        try:
+            await pool.start()
+        except BaseException:
+            await pool.close()
+            raise
         return pool
 
     # -- what clients do ---------------------------------------------------------------------------
@@ -305,7 +309,12 @@ class World:
         return any(length in self.tried[i] and p[:length] == mine for i, p in enumerate(self.prompts))
 
     async def work(self, name: str, until: float) -> None:
-        pool = await self.client(name)
+        try:
+            pool = await self.client(name)
+        except KVError as error:  # every node may be gone for the moment
+            self.log(f"{name}: {type(error).__name__} {error}")
+            self.errors += 1
+            return
         ns = await pool.namespace(LAYOUT, STEP)
         while self.loop.time() < until:
             await self.act(pool, ns)

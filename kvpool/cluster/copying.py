@@ -9,6 +9,7 @@ from kvpool.core import PoolCore
 from kvpool.index import Path
 from kvpool.keys import KeyChain, Namespace
 from kvpool.match import View, restorable, unit_numbers
+from kvtransport.errors import KVError
 from kvtransport.layout import GroupKind
 
 from .entries import Entry, decode, resident, short, tails
@@ -20,7 +21,9 @@ from .peers import MAX_KEYS
 from .segments import SEGMENT_BLOCKS, segment_key
 
 STEP_S = 30.0
-"""Deadline of one transfer."""
+"""Deadline of one transfer, and as long again for every so many bytes:"""
+STEP_BYTES = 256 << 20
+"""(A whole chain of 128K tokens may be gigabytes.)"""
 ANSWER_S = 5.0
 PRIORITY = -1
 """Below transfers that somebody waits for."""
@@ -86,6 +89,10 @@ def _chain_of(ns: Namespace, path: Path) -> KeyChain:
     return KeyChain.of_hashes(ns, path.keys, path.tail[0], dict([path.tail]))
 
 
+def _stay(error: KVError) -> None:
+    """Nothing is given up before the copy is over."""
+
+
 class Copier:
     """Copies over ``links``; ``clock`` gives seconds."""
 
@@ -117,16 +124,21 @@ class Copier:
             if point in there:
                 continue
             start = max((n for n in there if n <= point and n % what.ns.block_tokens == 0), default=0)
+            extents = what.ns.layout.extents(point, start=start, align=what.ns.block_tokens)
+            nbytes = sum(e.nbytes for e in extents)
+            # Before anything is pinned: the pace may take longer than a transfer has.
+            await asyncio.sleep(pacer.wait(self._clock(), nbytes))
+            if not may():  # it waited, and what it goes by may have grown old
+                return moved
+            deadline_s = STEP_S * (1 + nbytes / STEP_BYTES)
             get = self._core.plan_get(
-                what.ns, what.chain, boundary=point, start=start, deadline=self._core.clock() + STEP_S + 1.0
+                what.ns, what.chain, boundary=point, start=start, deadline=self._core.clock() + deadline_s + 1.0
             )
+            # Its deadline is the sender's: the blocks are not given up while that may still read them.
+            get.on_failed = _stay
             try:
-                nbytes = sum(e.nbytes for e in get.extents.values())
-                await asyncio.sleep(pacer.wait(self._clock(), nbytes))
-                if not may():  # it waited, and what it goes by may have grown old
-                    return moved
                 sender = await client.put(
-                    what.ns, what.chain, boundary=point, start=start, deadline_s=STEP_S, priority=PRIORITY
+                    what.ns, what.chain, boundary=point, start=start, deadline_s=deadline_s, priority=PRIORITY
                 )
                 try:
                     for slot in get.extents:

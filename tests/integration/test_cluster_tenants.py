@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from kvpool import certs
 from kvpool.cluster.copying import Copier, Copyable
 from kvpool.cluster.directory import EmbeddedDirectory
+from kvpool.cluster.pacing import Pacer
 from kvpool.cluster.replicas import ReplicaPolicy
 from kvpool.errors import MissError
 from kvpool.keys import KeyChain
@@ -112,6 +114,49 @@ async def test_what_is_there_is_not_copied_again(world):
     assert len(moved) == 2
     assert moved[1] < moved[0] / 4
     assert target.core.stat()["used_bytes"] == source.core.stat()["used_bytes"]
+
+
+async def test_a_copy_keeps_its_blocks_until_nothing_reads_them_however_long_its_pace_and_deadline(world, monkeypatch):
+    """The pace may make a copy wait for longer than a transfer may take; and blocks past a deadline are not free while they are sent."""
+    source, target = await world.node("n1", rebalance=False), await world.node("n2", rebalance=False)
+    await seen(world)
+    pool = await world.pool("local", local="n1")
+    ns = await pool.namespace(WINDOWS, STEP)
+    prompt = tokens(SEGMENT + 100)
+    await put(pool, ns, prompt, SEGMENT)
+    member = source.agent._roster.members["n2"]
+    copier = Copier(source.core, source.agent._links, time.monotonic)
+    mine = next(n for n in source.core.namespaces() if n.id == ns.id)
+    (path,) = source.core.chains(mine)
+    what = Copyable(source.core, mine, path)
+    used = source.core.stat()["used_bytes"]
+    waits = []
+
+    async def wait(seconds: float) -> None:
+        waits.append(seconds)
+        source.core.expire(time.monotonic() + 1000)  # all that is open and has a deadline is past it
+
+    client = await source.agent._links.client(member)
+    opened = client.put
+
+    async def put_slowly(*args, **options):
+        sender = await opened(*args, **options)
+        source.core.expire(time.monotonic() + 1000)
+        source.core.clear()
+        assert source.core.stat()["used_bytes"] == used
+        return sender
+
+    pacer = Pacer(1e6, time.monotonic())
+    pacer.wait(time.monotonic(), 1_000_000_000)
+    monkeypatch.setattr("kvpool.cluster.copying.asyncio", SimpleNamespace(sleep=wait))
+    monkeypatch.setattr(client, "put", put_slowly)
+    moved = await copier.copy(member, what, await copier.held(member, what), pacer, lambda: True)
+    monkeypatch.undo()
+    assert max(waits) > 900
+    assert moved > 0
+    await target.announced()
+    await without(world, "n1", pool)
+    await get(pool, ns, prompt, SEGMENT)
 
 
 async def test_copies_of_off_grid_checkpoints(world):

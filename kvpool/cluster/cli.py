@@ -16,7 +16,7 @@ from kvtransport.bench.output import console, write_json
 from kvtransport.endpoint import EndpointConfig
 from kvtransport.errors import ConfigError, KVError
 
-from .members import Member
+from .members import Member, State
 from .pool import ClusterPool, connect_cluster
 
 cluster = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at a cluster of pool nodes.")
@@ -141,7 +141,8 @@ def status(
 
 DRAIN_HELP = """Move what a node holds to the others, within a deadline and a bandwidth, and let it leave the cluster.
 
-The node goes on by itself when this command is interrupted; the same command looks again, --stop takes it back.
+The node goes on by itself when this command is interrupted; the same command looks again, --stop takes it back (and ends a command that
+waits, with exit code 1).
 
 Examples:
 
@@ -185,6 +186,8 @@ def drain(
             with RichProgress(console=err, transient=True) as bar:
                 task = bar.add_task(f"draining {node}", total=None)
                 while not stop and answer["drain"] is not None and not answer["drain"]["finished"]:
+                    if Member.decode(answer["member"]).state is State.UP:
+                        break  # taken back, by another who said --stop
                     await asyncio.sleep(0.2)
                     answer = await client.link.call("member")
                     bar.update(task, total=answer["drain"]["chains"] or None, completed=answer["drain"]["done"])
@@ -194,6 +197,11 @@ def drain(
     out = console(json_to)
     if stop:
         out.print(f"{node} takes new data again")
+    elif not body.get("finished"):
+        out.print(
+            f"{node} takes new data again: its drain was ended by --stop, {body['done']:,} of {body['chains']:,} chains have been looked at, "
+            f"{human(body['moved_bytes'])} moved"
+        )
     else:
         out.print(
             f"{node} is drained and has left: {human(body['moved_bytes'])} moved, {body['skipped']:,} of {body['chains']:,} chains were "
@@ -201,6 +209,8 @@ def drain(
             + (f" ({body['note']})" if body["note"] else "")
         )
     write_json(json_to, body)
+    if not stop and not body.get("finished"):
+        raise typer.Exit(1)
 
 
 def register(app: typer.Typer) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import kvpool
 from kvpool import KeyChain
+from kvpool.cluster.members import State
 from kvpool.errors import MissError
 from kvtransport import presets
 from kvtransport.buffers import PageList
@@ -174,6 +175,41 @@ async def test_drain_by_command(world):
     nobody = await loop.run_in_executor(None, cli, "drain", "n9", "-d", url)
     assert nobody.returncode == 2
     assert "there are n2, n3" in nobody.stderr
+    await no_tasks_left()
+
+
+async def test_a_drain_that_is_taken_back_or_loses_its_node_ends_the_command(world):
+    server, daemons = world
+    url = f"valkey://127.0.0.1:{server.port}?name=processes"
+    node = "n1"
+    loop = asyncio.get_running_loop()
+    async with await connect(server, placement="local", local=node) as pool:
+        ns = await pool.namespace(presets.load("qwen3-235b"), 16)
+        for seed in range(3):
+            outgoing = await pool.put(ns, KeyChain(ns, tokens(50, seed)), boundary=48)
+            for extent in outgoing.manifest.extents:
+                outgoing.ready(extent.layer, extent.tensor, PageList.of(bytearray(extent.nbytes)))
+            await outgoing.seal()
+        # After the first of its 9 MB at 125 KB/s: far longer than this test.
+        slow = ["drain", node, "-d", url, "--gbps", "0.001", "--deadline", "600", "--json", "-"]
+        waiting = loop.run_in_executor(None, cli, *slow)
+        await until(lambda: pool.roster.members[node].state is State.DRAINING, 60)
+        status = await loop.run_in_executor(None, cli, "cluster", "status", "-d", url)
+        assert "draining" in status.stdout
+        taken_back = await loop.run_in_executor(None, cli, "drain", node, "-d", url, "--stop")
+        assert taken_back.returncode == 0, taken_back.stderr
+        ended = await waiting
+        assert ended.returncode == 1, ended.stderr
+        assert not json.loads(ended.stdout)["finished"]
+        assert f"{node} takes new data again: its drain was ended by --stop" in " ".join(ended.stderr.split())
+        await until(lambda: pool.roster.members[node].state is State.UP, 60)
+        waiting = loop.run_in_executor(None, cli, *slow)
+        await until(lambda: pool.roster.members[node].state is State.DRAINING, 60)
+        daemons[node].end(signal.SIGKILL)
+        ended = await waiting
+        assert ended.returncode == 2, (ended.stdout, ended.stderr)
+        assert "error: " in ended.stderr
+        assert "Traceback" not in ended.stderr
     await no_tasks_left()
 
 

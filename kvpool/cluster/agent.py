@@ -254,7 +254,8 @@ class NodeAgent:
         roster, links = self._roster, self._links
         assert links is not None
         asked = self._clock()
-        roster.update(asked, await directory.snapshot())
+        snapshot = await directory.snapshot()
+        roster.update(asked, snapshot, heard=self._clock())
 
         def others() -> list[Member]:
             return [m for m in roster.writable() if m.id != self.node and m.cluster == self._cluster]
@@ -289,13 +290,13 @@ class NodeAgent:
 
     async def _follow(self, directory: Directory, roster: Roster) -> None:
         while True:
-            # As of when it was asked for: a process that is stopped in between reads an old answer when it wakes.
             asked = self._clock()
             try:
-                roster.update(asked, await directory.snapshot())
+                snapshot = await directory.snapshot()
             except DirectoryError:
                 roster.failed()
             else:
+                roster.update(asked, snapshot, heard=self._clock())
                 if self.keeper is not None:
                     self.keeper.seen(roster)
             await asyncio.sleep(self._ttl_s / 3)

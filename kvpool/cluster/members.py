@@ -77,13 +77,18 @@ class Roster:
         self._unreachable = False
         self._updated = float("-inf")
 
-    def update(self, now: float, snapshot: Snapshot) -> None:
-        """The directory answered."""
+    def update(self, asked: float, snapshot: Snapshot, *, heard: float | None = None) -> None:
+        """The directory answered, at ``heard`` (default: at once) what it was asked for at ``asked``.
+
+        The view is as old as its question, and what has happened to the directory as young as the answer: a process that was stopped in
+        between may read of a loss that came long after it had asked.
+        """
+        now = asked if heard is None else heard
         if self._unreachable and now - self._updated > self.ttl_s / 2:
             # It may have been out of the nodes' reach as well: their records have expired, and they are about to say again that they are there.
             self._young_until = max(self._young_until, now + 2 * self.ttl_s)
         self._unreachable = False
-        self._updated = now
+        self._updated = asked
         if snapshot.epoch != self._epoch or snapshot.epoch is None:
             # The first epoch one ever sees is no loss: there is nothing to hold on to.
             if self._epoch is not None or (snapshot.epoch is None and self.members):

@@ -87,7 +87,9 @@ class ClusterPool:
 
     async def start(self) -> None:
         """Learn the members and keep up with them. Raises NoNodeError when there is none, DirectoryError."""
-        self.roster.update(self._now(), await self.directory.snapshot())
+        asked = self._now()
+        snapshot = await self.directory.snapshot()
+        self.roster.update(asked, snapshot, heard=self._now())
         if not self.roster.members:
             raise NoNodeError("the cluster has no node: start a kvpoold that joins it")
         watch = keep_running(self._keep_up, "cluster members")
@@ -107,7 +109,7 @@ class ClusterPool:
         except (DirectoryError, TimeoutError):
             self.roster.failed()
         else:
-            self.roster.update(asked, snapshot)
+            self.roster.update(asked, snapshot, heard=self._now())
 
     async def __aenter__(self) -> Self:
         return self

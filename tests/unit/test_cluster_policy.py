@@ -482,6 +482,21 @@ def test_who_has_just_joined_moves_nothing():
     assert roster.steady(6.0)
 
 
+def test_a_loss_is_as_young_as_the_answer_that_tells_of_it():
+    """A process asks, is stopped, and wakes with an answer that was given long after."""
+    roster = Roster(1.0)
+    roster.update(0.0, Snapshot(b"e1", (member("a"), member("b"))))
+    roster.update(2.5, Snapshot(b"e2", (member("a"),)), heard=4.0)
+    assert set(roster.members) == {"a", "b"}
+    roster.update(5.9, Snapshot(b"e2", (member("a"),)))
+    assert roster.frozen(5.9)
+    roster.update(6.1, Snapshot(b"e2", (member("a"),)))
+    assert not roster.frozen(6.1)
+    # The view itself is as old as the question.
+    roster.update(6.2, Snapshot(b"e2", (member("a"),)), heard=7.5)
+    assert not roster.steady(7.5)
+
+
 def test_a_directory_that_is_back_may_have_forgotten_everybody():
     """It was out of everybody's reach for longer than the TTL: records have expired, its epoch is the same."""
     roster = Roster(3.0)

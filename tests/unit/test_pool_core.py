@@ -357,16 +357,6 @@ def test_tenants_never_meet(core):
     check_idle(core)
 
 
-def test_other_fingerprints_of_the_same_tenant_are_explained(core, ns):
-    store(core, ns, TOKENS, 64)
-    salted = core.open_namespace("t", LAYOUTS["everything"], STEP, b"salt")
-    told = core.explain(salted, KeyChain(salted, TOKENS))
-    assert told.groups[0].ended_by is Reason.OTHER_FINGERPRINT
-    bigger = core.open_namespace("t", LAYOUTS["everything"], 32)
-    assert core.explain(bigger, KeyChain(bigger, TOKENS)).groups[0].ended_by is Reason.OTHER_FINGERPRINT
-    assert core.explain(bigger, KeyChain(bigger, TOKENS[1:])).groups[0].ended_by is Reason.NEVER_STORED
-
-
 def test_a_quota_evicts_the_tenants_own(core):
     core = make_core(pages=200, page_bytes=256, tenant_quota_bytes={"small": 40 * 256})
     small = core.open_namespace("small", LAYOUTS["dense"], STEP)
@@ -489,22 +479,6 @@ def test_states_and_windows_age_on_their_own():
     assert "capacity" in str(told)
     check_get(core, ns, TOKENS, 128)
     flat.abort()
-    check_idle(core)
-
-
-def test_an_evicted_checkpoint_off_the_grid_is_explained():
-    core = make_core()
-    ns = core.open_namespace("t", LAYOUTS["hybrid"], STEP)
-    store(core, ns, TOKENS, 70)
-    chain = KeyChain(ns, TOKENS[:90])
-    assert core.explain(ns, chain).match.length == 70
-    while core._eviction.evict(None, "capacity"):
-        told = core.explain(ns, chain)
-        assert told.match.length == 0
-        states = [g for g in told.groups if g.kind is GroupKind.RECURRENT]
-        assert {(g.ended_by, g.at) for g in states} == {(Reason.EVICTED, 70)}
-    assert "what ended at 70 was evicted 0.0 s ago (capacity)" in str(told)
-    assert {g.ended_by for g in told.groups} == {Reason.EVICTED}
     check_idle(core)
 
 

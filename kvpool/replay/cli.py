@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,6 @@ from kvpool.scheduling.cli import fail, make_console, write_json
 from kvpool.scheduling.traces import Trace, load_trace
 from kvtransport import presets
 from kvtransport.errors import ConfigError, KVError
-from kvtransport.layout import CacheLayout
 
 from .clairvoyant import clairvoyant
 from .run import Outcome, Replay, working_set_bytes
@@ -26,9 +26,11 @@ from .table import CLAIRVOYANT, SweepFile, claims, name_of
 
 REPLAY_HELP = """Replay a request trace through the pool's index and eviction, without payload: what would have been hit?
 
-TRACE is a packaged trace (mooncake-conversation, mooncake-conversation-full) or a file of JSON lines (also .gz, .xz), in Mooncake's
-format or in Qwen-Bailian's. Hit tokens are counted over input tokens. A sweep writes its --json file after every row, and goes on
-with what that file has when it is given again; --again runs rows anew, all that --layout and --policy name.
+TRACE is a packaged trace (mooncake-conversation, mooncake-conversation-full) or a file of JSON lines (also .gz, .xz), in Mooncake's \
+format or in Qwen-Bailian's. Hit tokens are counted over input tokens.
+
+A sweep writes its --json file after every row, and goes on with what that file has when it is given again; --again runs rows anew, \
+all that --layout and --policy name.
 
 Examples:
 
@@ -42,17 +44,17 @@ Examples:
 """
 
 
-def _memory(text: str, trace: Trace, layout: CacheLayout, block_tokens: int | None) -> int | None:
-    """Bytes of "60GB", "unlimited" (None), or "5%" of the working set."""
-    if text == "unlimited":
+def _share(text: str) -> float | None:
+    """0.05 of "5%"; None of anything else. ConfigError for a share that is none."""
+    if not text.endswith("%"):
         return None
-    if text.endswith("%"):
-        try:
-            share = float(text[:-1]) / 100
-        except ValueError as error:
-            raise ConfigError(f"{text!r} is not a share of the working set: write 5%") from error
-        return int(share * working_set_bytes(trace, layout, block_tokens))
-    return parse_size(text)
+    try:
+        share = float(text[:-1]) / 100
+    except ValueError:
+        share = math.nan
+    if not 0 < share < math.inf:
+        raise ConfigError(f"{text!r} is not a share of the working set: write 5%")
+    return share
 
 
 def _policies(text: str | None) -> list[str]:
@@ -67,18 +69,24 @@ def _policies(text: str | None) -> list[str]:
 
 def replay_command(
     trace: Annotated[str, typer.Argument(help="A packaged trace or a file")],
-    layout: Annotated[str | None, typer.Option(help="Preset whose cache is kept (kvbench models lists them)")] = None,
+    layout: Annotated[
+        str | None, typer.Option(metavar="PRESET", help="Preset whose cache is kept (kvbench models lists them)")
+    ] = None,
     memory: Annotated[
-        str, typer.Option(help="Memory of the pool: a size, a share of the working set (5%), or unlimited")
+        str,
+        typer.Option(metavar="SIZE", help="Memory of the pool: a size, a share of the working set (5%), or unlimited"),
     ] = "unlimited",
     policy: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(POLICIES)}, several with commas, or all \\[{DEFAULT_POLICY}]", show_default=False
+            metavar="NAME",
+            help=f"{', '.join(POLICIES)}, several with commas, or all \\[{DEFAULT_POLICY}]",
+            show_default=False,
         ),
     ] = None,
     block_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a block, a divisor of the trace's \\[the trace's]", show_default=False)
+        int | None,
+        typer.Option(help="Tokens of a block, a divisor of the trace's \\[the trace's]", min=1, show_default=False),
     ] = None,
     count_from: Annotated[
         float, typer.Option(help="Count hits from this share of the requests on", min=0.0, max=0.99)
@@ -98,6 +106,7 @@ def replay_command(
     ] = None,
 ) -> None:
     try:
+        _check(sweeping, memory, again, jobs, json_path, plot)
         loaded = load_trace(trace)
         first = int(count_from * len(loaded))
         console = make_console(json_path)
@@ -127,6 +136,24 @@ def replay_command(
         raise fail(error) from error
 
 
+def _check(
+    sweeping: bool, memory: str, again: bool, jobs: int | None, json_path: str | None, plot: Path | None
+) -> None:
+    """Refuse, before minutes of work, what does not go together or cannot be written. Raises ConfigError, OSError."""
+    if sweeping and memory != "unlimited":
+        shares = ", ".join(f"{share:.0%}" for share in SHARES)
+        raise ConfigError(f"a sweep has its own memory sizes ({shares} of the working set): leave out --memory")
+    if not sweeping and (again or jobs is not None):
+        raise ConfigError("--again and --jobs are of a sweep: give --sweep, too")
+    if json_path is not None and json_path != "-" and not Path(json_path).absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder for {json_path}: make it first")
+    if plot is not None:
+        from kvpool.scheduling.plots import load_pyplot
+
+        load_pyplot()
+        plot.mkdir(parents=True, exist_ok=True)
+
+
 def _replays(
     trace: Trace,
     name: str,
@@ -138,9 +165,14 @@ def _replays(
     plot: Path | None,
 ) -> dict[str, Any]:
     layout = presets.load(name)
-    nbytes = _memory(memory, trace, layout, block_tokens)
+    share = _share(memory)
+    nbytes = None if memory == "unlimited" or share is not None else parse_size(memory)
     outcomes: list[Outcome] = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
+        if share is not None:
+            task = bar.add_task(f"{name} working set", total=1.0)
+            whole = working_set_bytes(trace, layout, block_tokens, lambda part: bar.update(task, completed=part))
+            nbytes = int(share * whole)
         for policy in policies:
             task = bar.add_task(f"{name} {policy}", total=1.0)
             replay = Replay(trace, layout, memory_bytes=nbytes, policy=policy, block_tokens=block_tokens)

@@ -237,7 +237,10 @@ class Replay:
         return out
 
 
-def working_set_bytes(trace: Trace, layout: CacheLayout, block_tokens: int | None = None) -> int:
+def working_set_bytes(
+    trace: Trace, layout: CacheLayout, block_tokens: int | None = None, progress: Progress | None = None
+) -> int:
     """Bytes that a replay under unlimited memory ends up with: what there is to be cached."""
-    outcome = Replay(trace, layout, memory_bytes=None, policy="lru", block_tokens=block_tokens).run(len(trace) - 1)
+    replay = Replay(trace, layout, memory_bytes=None, policy="lru", block_tokens=block_tokens)
+    outcome = replay.run(len(trace) - 1, progress)
     return sum(outcome.timeline[-1].group_bytes.values())

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from kvtransport.errors import ConfigError, KVError
@@ -67,7 +68,7 @@ def _finite(value: Any) -> Any:
 
 def fail(error: Exception) -> typer.Exit:
     """Print an error for a person and end with status 2."""
-    Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     return typer.Exit(2)
 
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
 import tomllib
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ BLOCK_TOKENS = 512
 """Tokens of one ``hash_ids`` entry in Mooncake's traces."""
 BAILIAN_BLOCK_TOKENS = 16
 """The same in Qwen-Bailian's."""
+MAX_ID = 1 << 48
+"""Ids are below this: what is cut into finer blocks numbers them in 64 bits."""
 
 PACKAGED = resources.files(__package__) / "data" / "traces"
 
@@ -62,7 +66,7 @@ def load_trace(name: str, *, relative_to: Path | None = None, block_tokens: int 
         else:
             data = path.read_bytes()
         text = _unpacked(data).decode()
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         known = ", ".join(packaged_traces())
         raise ConfigError(f"no trace {name!r}: not packaged ({known}), and {path} is not readable ({error})") from error
     lines = text.splitlines()
@@ -92,8 +96,13 @@ def parse_trace(text: str, *, where: str, block_tokens: int | None = None) -> Tr
             ids, unit = tuple(int(h) for h in row["hash_ids"]), 1e3
             if "chat_id" in row:
                 ids, unit, size = _of_prefixes(ids, prefixes), 1.0, block_tokens or BAILIAN_BLOCK_TOKENS
-            rows.append((float(row["timestamp"]) / unit, tokens, output, ids))
-        except (KeyError, TypeError, ValueError) as error:
+            at = float(row["timestamp"]) / unit
+            if not all(map(math.isfinite, (at, tokens, output))):
+                raise ValueError("a number is infinite, or none")
+            if ids and not 0 <= min(ids) <= max(ids) < MAX_ID:
+                raise ValueError(f"hash_ids are numbers from 0 up to {MAX_ID - 1}")
+            rows.append((at, tokens, output, ids))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"trace {where}, line {number}: expected timestamp, input_length, output_length and hash_ids "
                 f"({type(error).__name__}: {error})"

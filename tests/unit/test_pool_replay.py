@@ -1,5 +1,6 @@
 """Replays through the real index and policies, without payload."""
 
+import gzip
 import json
 import re
 
@@ -205,6 +206,42 @@ def test_bailian_ids_become_prefixes(tmp_path):
         parse_trace(BAILIAN.replace('"input_length": 40', '"input_length": 400'), where="t")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("timestamp", "NaN", "infinite"),
+        ("input_length", "Infinity", "infinite"),
+        ("input_length", "0", "do not fit together"),
+        ("output_length", "-1", "do not fit together"),
+        ("hash_ids", "[-1]", "hash_ids are numbers"),
+        ("hash_ids", "[18446744073709551616]", "hash_ids are numbers"),
+        ("hash_ids", "[NaN]", "ValueError"),
+        ("hash_ids", "[1e999]", "OverflowError"),
+        ("hash_ids", "7", "TypeError"),
+        ("hash_ids", "[]", "do not fit together"),
+    ],
+)
+def test_a_bad_line_is_named(field, value, says):
+    good = {"timestamp": "0", "input_length": "1000", "output_length": "1", "hash_ids": "[0, 1]"}
+
+    def line(of):
+        return "{" + ", ".join(f'"{name}": {text}' for name, text in of.items()) + "}"
+
+    assert len(parse_trace(line(good), where="t")) == 1
+    with pytest.raises(ConfigError, match=f"trace t, line 2: .*{says}"):
+        parse_trace(line(good) + "\n" + line({**good, field: value}), where="t")
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x1f\x8b\x08" + bytes(30), gzip.compress(b"x" * 999)[:-9], b"\xfd7zXZ\x00" + bytes(9), b"\xff"]
+)
+def test_a_damaged_file_is_an_error(tmp_path, data):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="not readable"):
+        load_trace(str(path))
+
+
 def test_the_excerpt_is_the_head_of_the_whole_trace():
     excerpt, whole = load_trace("mooncake-conversation"), load_trace(FULL_TRACE)
     assert (len(excerpt), len(whole)) == (2_000, 12_031)
@@ -247,10 +284,21 @@ def test_the_command_gives_json_and_pictures(tmp_path):
 def test_the_command_says_what_is_wrong(tmp_path):
     for args, words in (
         (("nowhere.jsonl", "--layout", "qwen3-235b"), "not packaged"),
+        (("[/no].jsonl", "--layout", "qwen3-235b"), "no trace '[/no].jsonl'"),
         (("mooncake-conversation",), "--layout PRESET"),
         (("mooncake-conversation", "--layout", "qwen3-235b", "--policy", "fifo"), "no eviction policy 'fifo'"),
         (("mooncake-conversation", "--layout", "qwen3-235b", "--memory", "much"), "not a size"),
         (("mooncake-conversation", "--layout", "qwen3-235b", "--memory", "x%"), "not a share"),
+        (("mooncake-conversation", "--layout", "qwen3-235b", "--memory", "nan%"), "not a share"),
+        (("mooncake-conversation", "--layout", "qwen3-235b", "--memory=-5%"), "not a share"),
+        (("mooncake-conversation", "--layout", "qwen3-235b", "--memory", "1000"), "less than one page"),
+        (("mooncake-conversation", "--layout", "qwen3-235b", "--block-tokens", "0"), "--block-tokens"),
+        (("mooncake-conversation", "--layout", "qwen3-235b", "--block-tokens", "100"), "do not divide"),
+        (("mooncake-conversation", "--layout", "qwen3-235"), "known presets"),
+        (("mooncake-conversation", "--layout", "qwen3-235b", "--jobs", "2"), "give --sweep"),
+        (("mooncake-conversation", "--sweep", "--memory", "5%"), "leave out --memory"),
+        (("mooncake-conversation", "--layout", "qwen3-235b", "--json", tmp_path / "no" / "j"), "no folder"),
+        (("mooncake-conversation", "--layout", "qwen3-235b", "--plot", __file__), "exists"),
     ):
         result = run(*args)
         assert result.exit_code == 2

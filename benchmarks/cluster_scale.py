@@ -68,8 +68,27 @@ def measure(nodes: int, segments: int) -> dict[str, Any]:
     for name in names[:2000]:
         placement.order(name, equal)
     out["order_us"] = (time.perf_counter() - begin) / min(2000, segments) * 1e6
+    out["two_choices"] = two_choices(nodes, segments)
     out |= membership(nodes)
     out |= copies(nodes, names[: max(segments // 100, 1)])
+    return out
+
+
+def two_choices(nodes: int, segments: int) -> dict[str, float]:
+    """Load max over mean when segments, drawn at random, go to the first node, or to the emptier of two: by its fullness now, or as it was.
+
+    Not what placement does; docs/scale.md says why.
+    """
+    rng = np.random.default_rng(1)
+    one, two = rng.integers(0, nodes, segments), rng.integers(0, nodes, segments)
+    mean = segments / nodes
+    out = {"first": float(np.bincount(one, minlength=nodes).max() / mean)}
+    for name, step in (("emptier_now", 1), ("emptier_1_percent_ago", max(segments // 100, 1))):
+        load = np.zeros(nodes, dtype=np.int64)
+        for at in range(0, segments, step):
+            a, b = one[at : at + step], two[at : at + step]
+            load += np.bincount(np.where(load[a] <= load[b], a, b), minlength=nodes)
+        out[name] = float(load.max() / mean)
     return out
 
 

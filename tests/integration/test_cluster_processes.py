@@ -89,7 +89,7 @@ def connect(server, **options):
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "kvpool.cli", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "kvpool.cli", *arguments], capture_output=True, text=True, timeout=300, check=False
     )
 
 

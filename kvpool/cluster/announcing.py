@@ -56,6 +56,7 @@ class Announcer:
         step = tree.ns.block_tokens
         firsts: dict[int, int] = {}
         drafts: dict[int, Draft] = {}
+        touched: list[bytes] = []
         parents, positions = tree.places_of(nodes)
         for node, parent, position in zip(nodes.tolist(), parents, positions, strict=True):
             offset = position % step
@@ -69,15 +70,25 @@ class Announcer:
             )
             draft = drafts.get(first)
             if draft is None:
-                draft = drafts[first] = self._draft(segment_key(tree.ns, tree.key(unit, first)))
+                touched.append(segment_key(tree.ns, tree.key(unit, first)))
+                draft = drafts[first] = self._draft(touched[-1])
             draft.set(block % SEGMENT_BLOCKS, offset, tree.key(unit, node), unit, there)
+        if not there:
+            self._forget(touched)
+
+    def _forget(self, names: Iterable[bytes]) -> None:
+        """What is gone before anybody heard of it need not be told; a node that has no directory to tell it would keep it for ever."""
+        for name in names:
+            draft = self._drafts[name]
+            if not draft and not draft.told:
+                del self._drafts[name], self._dirty[name]
 
     def _draft(self, name: bytes) -> Draft:
         """The entry of a segment that is about to change."""
-        self._dirty[name] = None
         draft = self._drafts.get(name)
         if draft is None:
-            draft = self._drafts[name] = Draft()
+            draft = self._drafts[name] = Draft(told=name in self._dirty or name in self._unsure)
+        self._dirty[name] = None
         return draft
 
     @staticmethod
@@ -108,7 +119,13 @@ class Announcer:
 
     def entries(self, names: Iterable[bytes]) -> list[bytes]:
         """The current entry of each segment; empty where there is none."""
-        return [d.encode(self.incarnation) if (d := self._drafts.get(n)) else b"" for n in names]
+        out = []
+        for name in names:
+            draft = self._drafts.get(name)
+            if draft:
+                draft.told = True
+            out.append(draft.encode(self.incarnation) if draft else b"")
+        return out
 
     def take(self, now: float, most: int) -> dict[bytes, bytes | None]:
         """Up to ``most`` changed segments and their entries, None for those that hold nothing any more; they count as said.
@@ -123,6 +140,7 @@ class Announcer:
             self._said.pop(name, None)
             if draft:
                 out[name] = draft.encode(self.incarnation)
+                draft.told = True
                 self._said[name] = now
             else:
                 out[name] = None

@@ -91,10 +91,12 @@ def tails(entry: Entry, units: int) -> list[TailRecord]:
 class Draft:
     """An entry as its owner keeps it: the records as they travel, few enough to be searched one by one."""
 
-    __slots__ = ("_records", "generation")
+    __slots__ = ("_records", "generation", "told")
 
-    def __init__(self) -> None:
+    def __init__(self, *, told: bool = False) -> None:
         self.generation = 0
+        self.told = told
+        """Whether somebody may have seen an entry of this segment, and has to hear when it holds nothing any more."""
         self._records = bytearray()
 
     def __bool__(self) -> bool:

@@ -424,6 +424,45 @@ def test_an_owner_says_again_what_was_seen_in_another_generation():
     assert announcer.take(2.0, 10) == {name: None}
 
 
+def test_what_nobody_heard_of_is_not_remembered_when_it_is_gone():
+    """A node without a directory has nobody to tell: what it keeps is what it holds, however much has come and gone."""
+    core = make_core(pages=64)
+    announcer = core.watcher = Announcer(b"N" * 16)
+    ns = core.open_namespace("t", LAYOUTS["hybrid"], STEP)
+    for i in range(200):
+        store(core, ns, [i, *range(90)], 91, checkpoints=(33,))  # evicts what came before, sooner or later
+    assert sum(core.memory.evictions.values()) > 500
+    assert len(announcer) == announcer.pending == len({path.keys[0] for path in core.chains(ns)}) < 20
+    core.clear()
+    assert len(announcer) == announcer.pending == 0
+
+
+def test_what_somebody_may_have_heard_of_is_said_to_be_gone():
+    core = make_core(pages=20_000)
+    announcer = core.watcher = Announcer(b"N" * 16)
+    ns = core.open_namespace("t", LAYOUTS["dense"], STEP)
+    tokens = np.arange(SEGMENT).tolist()
+    store(core, ns, tokens)
+    (name,) = announcer.names
+    assert announcer.entries([name]) != [b""]  # a peer asked
+    core.clear()
+    assert announcer.take(0.0, 10) == {name: None}
+    # Nobody answered; meanwhile it came and went once more.
+    announcer.failed(0.0, [name])
+    store(core, ns, tokens)
+    core.clear()
+    assert announcer.take(1.0, 10) == {name: None}
+    store(core, ns, tokens)  # the first word of it may arrive late still
+    core.clear()
+    assert announcer.take(2.0, 10) == {name: None}
+    announcer.refresh(LATE_S, 10)
+    assert announcer.take(LATE_S, 10) == {name: None}
+    store(core, ns, tokens)
+    core.clear()
+    assert announcer.take(LATE_S + 1, 10) == {}
+    assert len(announcer) == announcer.pending == 0
+
+
 # -- copies --------------------------------------------------------------------------------------------
 
 

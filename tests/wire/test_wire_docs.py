@@ -113,7 +113,9 @@ def test_sans_io_rooms_import_no_clock_no_chance_no_sockets(room):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
+                inside = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+                module = ".".join([*inside, *([node.module] if node.module else [])])
+                names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
             else:
                 continue
             for name in names:

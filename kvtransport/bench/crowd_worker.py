@@ -95,6 +95,8 @@ class SenderEnd(CrowdEnd):
         urgent = transfers.pop() if command["urgent"] else None
         cpu, started = cpu_seconds(), time.monotonic()
         open_ = [self._open(*each) for each in transfers]
+        # Each transfer is sealed by its own request, whatever the others do.
+        sealing = [asyncio.ensure_future(sender.seal()) for sender in open_]
         urgent_s = None
         if urgent is not None:
             await asyncio.sleep(command["after_s"])
@@ -102,8 +104,7 @@ class SenderEnd(CrowdEnd):
             await self._open(urgent[0], urgent[1], urgent[2], URGENT).seal()
             urgent_s = time.monotonic() - begun
         bulk_busy = any(s.stats.sealed_s is None for s in open_)
-        for sender in open_:
-            await sender.seal()
+        await asyncio.gather(*sealing)
         say(
             {
                 "event": "sent",

@@ -851,11 +851,11 @@ class Unequal:
         while (slow := self.arrives())[0] is self.fast:  # what it delivers is not known: it has its turn
             self.acknowledged(*slow, 0.006)
         self.took_s = time.monotonic() - begun
-        if self.took_s > 0.1:
+        if self.took_s > 0.5:
             self.close()
             return False
         self.slow = slow[0]
-        self.acknowledged(*slow, max(0.3, 30 * self.took_s))
+        self.acknowledged(*slow, max(0.3, 20 * self.took_s))
         return True
 
     def add(self):

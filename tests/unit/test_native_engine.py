@@ -842,20 +842,24 @@ class Unequal:
 
     def _learned(self) -> bool:
         self.group = self.engine.group()
-        self.ends = [End(self.engine, self.group), End(self.engine, self.group)]
+        self.ends = self.fast, self.slow = End(self.engine, self.group), End(self.engine, self.group)
         self.out = outgoing(self.group, chunk=len(self.CHUNK))
         self.count = 0
+        self.slow.conn.park(True)
         begun = time.monotonic()
-        self.fast, answer = self.arrives()
-        self.acknowledged(self.fast, answer, 0.006)
-        while (slow := self.arrives())[0] is self.fast:  # what it delivers is not known: it has its turn
-            self.acknowledged(*slow, 0.006)
+        end, answer = self.arrives()
+        assert end is self.fast
+        self.acknowledged(end, answer, 0.006)
         self.took_s = time.monotonic() - begun
         if self.took_s > 0.5:
             self.close()
             return False
-        self.slow = slow[0]
-        self.acknowledged(*slow, max(0.3, 20 * self.took_s))
+        self.fast.conn.park(True)
+        self.slow.conn.park(False)
+        end, answer = self.arrives()
+        assert end is self.slow
+        self.acknowledged(end, answer, max(0.3, 20 * self.took_s))
+        self.fast.conn.park(False)
         return True
 
     def add(self):

@@ -66,6 +66,7 @@ class Tuner:
         self._paced = False
         self._congestion: tuple[str, ...] = ()
         self.choice: Choice = policy.choice()
+        self._unsent = self.choice.unsent_bytes
 
     # -- told by the link ----------------------------------------------------------------------
 
@@ -89,6 +90,8 @@ class Tuner:
 
     def joined(self, connection: AnyConnection) -> None:
         self._pace()
+        if self._unsent is not None and is_tunable(connection.stream):
+            connection.stream.keep_unsent(self._unsent)
 
     def left(self, connection: AnyConnection) -> None:
         self._parked_s.pop(connection, None)
@@ -163,6 +166,7 @@ class Tuner:
         if reading is not None:
             choice = self._policy.judge(reading)
             self._choose(choice.congestion)
+            self._bound(choice.unsent_bytes)
             self._have(choice, fresh=choice.fresh)
         self._spread(now)
         self._retire(now)
@@ -178,6 +182,14 @@ class Tuner:
             stream = connection.stream
             if is_tunable(stream) and not connection.closed and stream.congestion() not in congestion:
                 stream.set_congestion(congestion)
+
+    def _bound(self, unsent_bytes: int | None) -> None:
+        if unsent_bytes == self._unsent:
+            return
+        self._unsent = unsent_bytes
+        for connection in self._link.connections:
+            if is_tunable(connection.stream) and not connection.closed:
+                connection.stream.keep_unsent(unsent_bytes)
 
     def _have(self, choice: Choice, *, fresh: bool) -> None:
         """Bring the link to what is chosen; ``fresh``: with connections that do not remember an earlier path."""

@@ -20,7 +20,7 @@ from ..errors import Fault, KVError, LimitError, PeerLostError, ProtocolError
 from ..flow.telemetry import PathInfo
 from ..io import tcp_info
 from ..io.base import LAST_WORD_S
-from ..io.tcp import SO_MAX_PACING_RATE, TCP_INFO, TcpStream, pacing_option, set_congestion
+from ..io.tcp import SO_MAX_PACING_RATE, TCP_INFO, TcpStream, pacing_option, set_congestion, unsent_option
 from ..io.tls import TlsStream, alert_error, native_records
 from ..wire import bodies
 from ..wire.frames import HEADER_BYTES, MAGIC, FrameType, Header, Limits, encode_control, unpack_header
@@ -152,6 +152,9 @@ class EngineStream:
 
     def pace(self, bytes_per_s: float | None) -> None:
         self._connection.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, pacing_option(bytes_per_s))
+
+    def keep_unsent(self, nbytes: int | None) -> None:
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent_option(nbytes))
 
     def unsent_bytes(self) -> int:
         return self._connection.unsent()

@@ -61,6 +61,8 @@ CHUNK_BYTES = 1 << 20
 CHUNK_S = 0.01
 """On a longer one a chunk should take a connection about so long: at the end of a transfer somebody waits for the last ones."""
 LEAST_CHUNK, MOST_CHUNK = 512 << 10, 4 << 20
+UNSENT_CHUNKS = 0.25
+"""Of a chunk, on a longer path, in a connection's socket and not sent yet: an urgent transfer waits for it three times."""
 WINDOW_BYTES = 64 << 20
 MOST_WINDOW = 1 << 30
 
@@ -91,6 +93,8 @@ class Choice:
     connections: int
     congestion: tuple[str, ...]
     chunk_bytes: int
+    unsent_bytes: int | None
+    """In a socket and not sent yet, at most about so much; None: as the system has it."""
     fresh: bool
     why: str
 
@@ -217,10 +221,13 @@ class Tuning:
             congestion: tuple[str, ...] = ()
         else:
             congestion = SHORT_PATH if self._local() else LONG_PATH
+        local = self._rtt_s is None or self._local()
+        chunk_bytes = chunk_for(self._goodput, self._wanted, local=local)
         return Choice(
             connections=self._wanted,
             congestion=congestion,
-            chunk_bytes=chunk_for(self._goodput, self._wanted, local=self._rtt_s is None or self._local()),
+            chunk_bytes=chunk_bytes,
+            unsent_bytes=None if local else int(chunk_bytes * UNSENT_CHUNKS),
             fresh=self._fresh,
             why=self._why,
         )

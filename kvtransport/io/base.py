@@ -99,6 +99,9 @@ class TunableStream(Protocol):
     def pace(self, bytes_per_s: float | None) -> None:
         """Send at most so fast (None: no limit)."""
 
+    def keep_unsent(self, nbytes: int | None) -> None:
+        """Take no more when so many bytes were not sent for the first time yet (None: as the system has it)."""
+
 
 @lru_cache(maxsize=64)
 def _tunable(kind: type) -> bool:

@@ -161,6 +161,11 @@ class TcpStream:
         if self._fd >= 0 and sys.platform == "linux":
             self._sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, pacing_option(bytes_per_s))
 
+    def keep_unsent(self, nbytes: int | None) -> None:
+        """Take no more when so many bytes were not sent for the first time yet (None: as the system has it)."""
+        if self._fd >= 0 and sys.platform == "linux":
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent_option(nbytes))
+
     def unsent_bytes(self) -> int:
         if self._fd < 0 or sys.platform != "linux":
             return 0
@@ -364,6 +369,11 @@ def pacing_option(bytes_per_s: float | None) -> bytes:
     """The value of SO_MAX_PACING_RATE: 64 bits, all ones for no limit."""
     rate = (1 << 64) - 1 if bytes_per_s is None else max(1, int(bytes_per_s))
     return struct.pack("=Q", rate)
+
+
+def unsent_option(nbytes: int | None) -> bytes:
+    """The value of TCP_NOTSENT_LOWAT; 0 is the system's own."""
+    return struct.pack("i", nbytes or 0)
 
 
 def congestion_of(sock_or_fd: socket.socket) -> str:

@@ -239,6 +239,22 @@ async def test_congestion_control_follows_the_path_unless_it_was_asked_for(confi
         assert link.telemetry().congestion == "reno"
 
 
+async def test_what_may_lie_unsent_in_sockets_follows_the_path(config, monkeypatch):
+    """A local path is left as the system has it; of the others each connection keeps little, those that join later too."""
+    async with ends(config, connections=2) as (there, _, link):
+        assert link.tuner.choice.unsent_bytes is None
+        assert {unsent(c) for c in link.connections} == {0}
+        link.tuner._bound(128 << 10)
+        assert {unsent(c) for c in link.connections} == {128 << 10}
+        await send(link, there, 8 << 20)
+        link.tuner._bound(None)
+        assert {unsent(c) for c in link.connections} == {0}
+    monkeypatch.setattr("kvtransport.flow.tuning.SHORT_RTT_S", 0.0)
+    async with ends(config, connections=2) as (there, _, link):
+        assert {unsent(c) for c in link.connections} == {link.tuner.choice.unsent_bytes} == {128 << 10}
+        await send(link, there, 8 << 20)
+
+
 # -- caps --------------------------------------------------------------------------------------
 
 
@@ -288,9 +304,19 @@ async def test_a_tenants_transfers_share_what_it_may_send_and_others_go_on(confi
         await task
 
 
+def socket_of(connection: AnyConnection):
+    """What has getsockopt for the socket of a connection."""
+    return connection.stream._sock if isinstance(connection.stream, tcp.TcpStream) else connection
+
+
+def unsent(connection: AnyConnection) -> int:
+    """TCP_NOTSENT_LOWAT, 0: the system's."""
+    return int.from_bytes(socket_of(connection).getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 4), "little")
+
+
 def pace(connection: AnyConnection) -> int:
     """Bytes a second that the system lets this connection send."""
-    options = connection.stream._sock if isinstance(connection.stream, tcp.TcpStream) else connection
+    options = socket_of(connection)
     return int.from_bytes(options.getsockopt(socket.SOL_SOCKET, tcp.SO_MAX_PACING_RATE, 8), "little")
 
 

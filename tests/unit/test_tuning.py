@@ -49,6 +49,16 @@ class Path:
         return told
 
 
+def test_what_lies_unsent_is_a_fraction_of_what_a_connection_carries() -> None:
+    assert Tuning(None).choice().unsent_bytes is None
+    assert Tuning(50e-6).choice().unsent_bytes is None
+    policy = Tuning(0.03)
+    assert policy.choice().unsent_bytes == 128 << 10
+    [*_, (_, choice)] = Path(0.03, 12.5e9, 800 * MB).run(policy, 20)
+    assert choice.unsent_bytes == choice.chunk_bytes // 4 == 1 << 20
+    assert choice.unsent_bytes / (800 * MB) > 0.001, "no connection is idle before its thread comes round again"
+
+
 def test_what_a_path_begins_with() -> None:
     assert congestion_for(50e-6) == ("cubic", "reno")
     assert congestion_for(0.01) == ("bbr",)

@@ -50,12 +50,21 @@ def burst(link: EmulatedLink, count: int, nbytes: int) -> dict[str, Any]:
 
 def test_the_delay_is_the_one_asked_for_and_changes_while_it_runs():
     with EmulatedLink(Conditions(rtt_ms=8)) as link, pair(link, connections=1) as loop:
-        # No packet is early; how late one is depends on how busy the machine is.
-        assert 0.008 <= loop.ping(64, 21)[0] < 0.016
+
+        def pings(least_s: float, most_s: float) -> None:
+            """No packet is early; how late one is depends on how busy the machine is, so the best of a few looks counts."""
+            for _ in range(10):
+                p50_s, _ = loop.ping(64, 11)
+                assert p50_s >= least_s
+                if p50_s < most_s:
+                    return
+            raise AssertionError(f"a round trip of {least_s} s takes {p50_s} s")
+
+        pings(0.008, 0.016)
         link.change(Conditions(rtt_ms=40))
-        assert 0.040 <= loop.ping(64, 11)[0] < 0.060
+        pings(0.040, 0.060)
         link.change(Conditions(rtt_ms=2))
-        assert 0.002 <= loop.ping(64, 21)[0] < 0.010
+        pings(0.002, 0.010)
 
 
 def test_the_rate_is_kept():

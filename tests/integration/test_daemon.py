@@ -319,7 +319,8 @@ async def test_a_reader_that_dies_leaves_no_pins(served, hybrid):
     chain = KeyChain(ns, tokens(6000))
     await put(one, ns, chain, source_of(ns, 5952), boundary=5952)
     target = blank(ns, 5952)
-    incoming = await two.get(ns, chain, boundary=5952, into=target.pages)
+    # So slow that it is under way when the reader dies.
+    incoming = await two.get(ns, chain, boundary=5952, into=target.pages, bytes_per_s=1000)
     lease = await two.lease(ns, chain, 5952, 60.0)
     assert lease.length == 5952
     await two.close()

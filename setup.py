@@ -10,7 +10,7 @@ import sys
 from setuptools import Extension, setup
 
 SOURCES = ["arena", "cuda", "dlpack", "mapping", "memory", "module", "pages", "pieces", "sockets"]
-SOURCES += ["planes", "tls", "tls_records", "tls_stream"]
+SOURCES += ["planes", "prediction", "tls", "tls_records", "tls_stream"]
 SOURCES += ["conn_type", "engine", "engine_types", "framing", "incoming_type", "maps", "outgoing_type"]
 SOURCES += ["receiving", "sending", "stream"]
 SOURCES += ["xxh3_baseline", "xxh3_avx2", "xxh3_avx512"]

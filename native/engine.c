@@ -99,6 +99,12 @@ void kv_push_event(kv_engine *engine, kv_event *event) {
 
 /* ---- kicks ---- */
 
+void kv_wake(kv_thread *thread) {
+    if (!thread->asleep) return;
+    thread->asleep = false;
+    poke(thread->wake);
+}
+
 void kv_kick(kv_conn *conn) {
     if (conn->kicked || conn->closed || conn->lost) return;
     kv_thread *thread = conn->thread;
@@ -107,10 +113,7 @@ void kv_kick(kv_conn *conn) {
     if (thread->last_kicked) thread->last_kicked->next_kicked = conn;
     else thread->kicked = conn;
     thread->last_kicked = conn;
-    if (thread->asleep) {
-        thread->asleep = false;
-        poke(thread->wake);
-    }
+    kv_wake(thread);
 }
 
 static kv_conn *next_kicked(kv_thread *thread) {
@@ -174,12 +177,13 @@ static void *run(void *argument) {
     kv_lock(engine);
     while (!engine->stopping) {
         tell_in_time(thread);
-        int patience = thread->kicked ? 0 : -1;
+        int patience = thread->kicked ? 0 : thread->declined_ns ? KV_AGAIN_MS : -1;
         thread->asleep = !thread->kicked;
         kv_unlock(engine);
         int n = epoll_wait(thread->epoll, events, EVENTS, patience);
         kv_lock(engine);
         thread->asleep = false;
+        if (thread->declined_ns) kv_look_again(thread);
         for (int i = 0; i < n; i++) {
             if (events[i].data.u64 == WAKE) {
                 uint64_t count;

@@ -43,6 +43,9 @@
 #define KV_MAX_RANGES ((size_t)4096)         /* separate ranges per extent, as in wire/ranges.py */
 #define KV_NEAR_US 2000u                     /* round trips below this: a local path, which a few MiB fill */
 #define KV_QUEUE_BYTES ((uint64_t)4 << 20)   /* not acknowledged on all connections of a link over a local path */
+#define KV_SAMPLE_NS 5000000u                /* over so long a connection's rate is taken */
+#define KV_SOON_S 0.01                       /* a chunk that is through by then need not be left to another connection */
+#define KV_AGAIN_MS 20                       /* a connection that left a chunk to another looks again */
 #define KV_RTT_EVERY 64                      /* chunks after which the kernel is asked for the round trip again */
 #define KV_MIN_CHUNK ((size_t)512 << 10)     /* flow/chunking.py */
 #define KV_MAX_CODED ((size_t)16 << 20)     /* bytes of a coded chunk: a DATA payload */
@@ -258,6 +261,7 @@ typedef struct kv_thread {
     pthread_t id;
     int epoll, wake, load;
     bool running, asleep;
+    uint64_t declined_ns; /* since when a connection of its that left a chunk to another has to look again; 0: none has */
     struct kv_conn *kicked, *last_kicked;
     unsigned char *scratch; /* KV_RECV_BYTES nobody reads */
 } kv_thread;
@@ -322,6 +326,9 @@ typedef struct kv_conn {
     size_t span_chunk;
     uint64_t out_start, out_bytes, out_at; /* of the span; payload bytes; bytes of head ++ payload sent */
     uint64_t unacked, taken; /* bytes of chunks that it took and that are not acknowledged; chunks it took */
+    double rate;             /* bytes per second that were acknowledged while it had something to wait for; 0: not known */
+    uint64_t mark_ns, mark_bytes, progress_ns; /* of the sample being taken; when something of it was acknowledged */
+    bool declined;           /* left a chunk to another connection */
     bool near, full;         /* its path is local; it has as much as it may have, and waits for acknowledgements */
     /* receiving */
     int in;
@@ -353,6 +360,7 @@ typedef struct kv_group {
     kv_outgoing *outgoing[KV_BUCKETS];
     kv_incoming *incoming[KV_BUCKETS];
     kv_level *levels; /* highest first */
+    uint64_t uncut; /* bytes of all transfers that were never sent */
 } kv_group;
 
 extern const kv_xxh3 *kv_engine_xxh3;
@@ -377,6 +385,7 @@ void kv_push_event(kv_engine *engine, kv_event *event);
 kv_event *kv_event_new(int kind, const kv_conn *conn, const unsigned char *head, size_t nbytes); /* NULL: no memory */
 void kv_signal(kv_engine *engine);      /* Python is to look now, */
 void kv_signal_soon(kv_engine *engine); /* or before long: called by I/O threads, each wake-up costs them their processor */
+void kv_wake(kv_thread *thread);                                /* from its sleep, to look at what is due */
 void kv_kick(kv_conn *conn);                                    /* its thread looks at it soon */
 void kv_kick_group(kv_group *group, size_t chunks);             /* so many connections may have something to send */
 void kv_conn_lost(kv_conn *conn, int how, int error);           /* says so once; its I/O has ended */
@@ -412,6 +421,13 @@ void kv_frame_voided(kv_conn *conn);      /* the memory of its half-sent frame i
 /* An ACK or CREDIT for a transfer of this group; false: Python has to look at it. */
 bool kv_outgoing_take(kv_group *group, const kv_header *header, const unsigned char *body);
 kv_outgoing *kv_outgoing_find(const kv_group *group, const unsigned char *transfer);
+
+/* prediction.c, under the mutex */
+void kv_took(kv_conn *conn, uint64_t nbytes);   /* a chunk is on it */
+void kv_acked(kv_conn *conn, uint64_t nbytes);  /* a chunk that was on it is acknowledged */
+/* Whether a chunk should rather wait for another connection, which is kicked: it will be through long before. */
+bool kv_leave_to_others(kv_conn *conn, uint64_t nbytes);
+void kv_look_again(kv_thread *thread);          /* when it is time: kicks its connections that left a chunk to others */
 
 /* receiving.c, under the mutex */
 kv_incoming *kv_incoming_find(const kv_group *group, const unsigned char *transfer);

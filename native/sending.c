@@ -105,11 +105,12 @@ static bool enough(kv_conn *conn) {
 }
 
 /* The chunk is not on its connection any more. */
-static void off_connection(const kv_outgoing *out, const kv_chunk *chunk) {
+static void off_connection(const kv_outgoing *out, const kv_chunk *chunk, bool acked) {
     if (chunk->state != KV_CHUNK_SENT) return;
     for (kv_conn *conn = out->group->conns; conn; conn = conn->next_of_group) {
         if (conn->serial != chunk->serial) continue;
         conn->unacked -= chunk->stop - chunk->start;
+        if (acked) kv_acked(conn, chunk->stop - chunk->start);
         if (conn->full) {
             conn->full = false;
             if (out->group->levels) kv_kick(conn);
@@ -190,6 +191,7 @@ kv_span *kv_outgoing_add(kv_outgoing *out, kv_out_slot *slot, uint64_t start, ui
     if (out->tail) out->tail->next = span;
     else out->head = span;
     out->tail = span;
+    out->group->uncut += stop - start;
     kv_update_turn(out);
     if (out->level) kv_kick_group(out->group, (size_t)(map->nbytes / out->chunk_bytes) + 1);
     return span;
@@ -252,7 +254,7 @@ static void span_drop(kv_span *span) {
         kv_retry *retry = &out->retries[out->retry_at + i];
         if (retry->span == span) retry->span = NULL;
     }
-    for (size_t i = 0; i < span->count; i++) off_connection(out, &span->chunks[i]);
+    for (size_t i = 0; i < span->count; i++) off_connection(out, &span->chunks[i], false);
     out->droppers++;
     void_frames(span);
     out->droppers--;
@@ -286,6 +288,7 @@ static bool cut(kv_outgoing *out, kv_span **span_out, size_t *index) {
     if (!chunk) return false;
     *chunk = (kv_chunk){.start = span->cut, .stop = span->cut + n};
     span->cut += n;
+    out->group->uncut -= n;
     out->used += n;
     out->inflight += n;
     out->cut_bytes += n;
@@ -317,6 +320,7 @@ bool kv_take_chunk(kv_conn *conn) {
         kv_outgoing *out = group->levels->first;
         kv_span *span;
         size_t index;
+        if (out->head && !out->retry_count && kv_leave_to_others(conn, credit_for(out, out->head))) return false;
         if (!take_retry(out, &span, &index) && !cut(out, &span, &index)) {
             leave_level(out);
             continue;
@@ -325,8 +329,7 @@ bool kv_take_chunk(kv_conn *conn) {
         kv_chunk *chunk = &span->chunks[index];
         chunk->state = KV_CHUNK_SENT;
         chunk->serial = conn->serial;
-        conn->unacked += chunk->stop - chunk->start;
-        conn->taken++;
+        kv_took(conn, chunk->stop - chunk->start);
         if (chunk->attempt) out->resent_bytes += chunk->stop - chunk->start;
         uint64_t nbytes = span->coded ? span->map->nbytes : chunk->stop - chunk->start;
         kv_header header = {.type = KV_DATA, .layer = span->slot->layer, .tensor = span->slot->tensor,
@@ -381,7 +384,7 @@ int kv_outgoing_ack(kv_outgoing *out, kv_out_slot *slot, uint64_t start, uint64_
         for (size_t i = 0; i < span->count; i++) {
             kv_chunk *chunk = &span->chunks[i];
             if (chunk->state == KV_CHUNK_ACKED || chunk->start < start || chunk->stop > stop) continue;
-            off_connection(out, chunk);
+            off_connection(out, chunk, true);
             chunk->state = KV_CHUNK_ACKED;
             uint64_t n = chunk->stop - chunk->start;
             span->acked += n;
@@ -416,7 +419,7 @@ static uint64_t again(kv_outgoing *out, kv_span *span, size_t index) {
         }
     }
     out->retries[out->retry_at + out->retry_count++] = (kv_retry){span, index};
-    off_connection(out, chunk);
+    off_connection(out, chunk, false);
     chunk->state = KV_CHUNK_QUEUED;
     chunk->attempt++;
     chunk->serial = 0;
@@ -448,6 +451,8 @@ uint64_t kv_outgoing_resend(kv_outgoing *out, kv_out_slot *slot, uint64_t start,
 uint64_t kv_outgoing_requeue(kv_outgoing *out, uint64_t serial) {
     uint64_t bytes = 0;
     size_t chunks = 0;
+    for (kv_conn *conn = out->group->conns; conn; conn = conn->next_of_group)
+        if (conn->serial == serial) conn->rate = 0; /* it stands still: what it delivered says nothing any more */
     for (size_t i = 0; i < out->slot_count; i++) {
         kv_out_slot *slot = &out->slots[i];
         for (size_t k = slot->begin; k < slot->begin + slot->count; k++) {
@@ -534,6 +539,7 @@ void kv_outgoing_close(kv_outgoing *out) {
     if (out->closed) return;
     out->closed = true;
     leave_level(out);
+    for (const kv_span *span = out->head; span; span = span->next) out->group->uncut -= span->stop - span->cut;
     out->head = out->tail = NULL;
     for (size_t i = 0; i < out->slot_count; i++)
         while (out->slots[i].count) span_drop(out->slots[i].spans[out->slots[i].begin]);

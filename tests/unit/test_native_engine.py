@@ -832,3 +832,104 @@ def test_everything_at_once():
     assert done > 25
     left.stop()
     right.stop()
+
+
+# ---- which connection a chunk is through on first ------------------------------------------------------
+
+
+class Unequal:
+    """Two connections of which the engine has learned that one is many times slower."""
+
+    CHUNK = bytes(64 << 10)
+
+    def __init__(self, engine):
+        self.engine, self.count = engine, 0
+        while not self._learned():
+            pass  # the machine stood still: what was fast may have looked slow
+
+    def _learned(self) -> bool:
+        self.group = self.engine.group()
+        self.ends = self.fast, self.slow = End(self.engine, self.group), End(self.engine, self.group)
+        self.out = outgoing(self.group, chunk=len(self.CHUNK))
+        self.count = 0
+        self.slow.conn.park(True)
+        begun = time.monotonic()
+        end, answer = self.arrives()
+        assert end is self.fast
+        self.acknowledged(end, answer, 0.006)
+        self.took_s = time.monotonic() - begun
+        if self.took_s > 0.5:
+            self.close()
+            return False
+        self.fast.conn.park(True)
+        self.slow.conn.park(False)
+        end, answer = self.arrives()
+        assert end is self.slow
+        self.acknowledged(end, answer, max(0.3, 20 * self.took_s))
+        self.fast.conn.park(False)
+        return True
+
+    def add(self):
+        self.out.add(0, 0, self.count * len(self.CHUNK), self.CHUNK, None)
+        self.count += 1
+
+    def arrives(self):
+        """Where the next chunk has come, and its acknowledgement."""
+        self.add()
+        ready, _, _ = select.select([end.sock for end in self.ends], [], [], 30)
+        assert len(ready) == 1
+        end = next(end for end in self.ends if end.sock is ready[0])
+        [frame] = end.frames(1, 30)
+        assert frame.header.offset == (self.count - 1) * len(self.CHUNK)
+        return end, ack((0, 0, frame.header.offset, frame.header.offset + len(self.CHUNK)))
+
+    def acknowledged(self, end, answer, after_s):
+        time.sleep(after_s)
+        end.say(answer)
+        events(self.engine, lambda got: any(event[0] == ACKED for event in got), 30)
+
+    def close(self):
+        self.out.close()
+        for end in self.ends:
+            end.conn.close(True)
+
+
+def test_a_chunk_is_left_to_the_connection_that_is_through_first(engine):
+    """Each would take it by its turn; a slow one leaves it to a fast one, until that stands still."""
+    two = Unequal(engine)
+    for _ in range(8):
+        end, answer = two.arrives()
+        assert end is two.fast
+        two.acknowledged(end, answer, 0.006)
+    waiting = [two.arrives()]
+    while waiting[-1][0] is two.fast:  # which stands still now
+        assert len(waiting) < 100
+        time.sleep(2 * two.took_s)
+        waiting.append(two.arrives())
+    for end, answer in waiting:
+        two.acknowledged(end, answer, 0)
+    assert two.out.stats()[3] == 0
+    two.close()
+
+
+def test_who_left_a_chunk_looks_again_though_its_thread_is_busy():
+    """With what another link has: nothing else would tell that the fast connection stands still."""
+    engine = _native.Engine(1)
+    two, busy, over = Unequal(engine), End(engine, engine.group(), 2), threading.Event()
+
+    def keep_busy():
+        while not over.wait(0.001):
+            busy.say(encode_control(FrameType.PING, offset=1))
+
+    pings = threading.Thread(target=keep_busy)
+    pings.start()
+    try:
+        for _ in range(20):  # more than the socket of the fast one takes, which nobody reads
+            two.add()
+        ready, _, _ = select.select([two.slow.sock], [], [], 30)
+        assert ready
+    finally:
+        over.set()
+        pings.join()
+        two.close()
+        engine.stop()

@@ -100,9 +100,9 @@ class Receiver:
         self._asked: dict[tuple[int, int, int], int] = {}
         """Corrupt chunks that were asked for again: where they start, and their end."""
         self._decoding: dict[tuple[int, int, int], int] = {}
+        """Coded chunks that are being decoded: where they start, and their bytes."""
         self._again_bytes = 0
         """Of coded copies of what was in its place already."""
-        """Coded chunks that are being decoded: where they start, and their bytes."""
         self._acks: list[tuple[int, int, int, int]] = []
         self._seal: bodies.Seal | None = None
         self._completed: list[int] = []

@@ -21,9 +21,8 @@ from .peers import MAX_KEYS
 from .segments import SEGMENT_BLOCKS, segment_key
 
 STEP_S = 30.0
-"""Deadline of one transfer, and as long again for every so many bytes:"""
+"""Deadline of one transfer, and as long again for every STEP_BYTES: a whole chain of 128K tokens may be gigabytes."""
 STEP_BYTES = 256 << 20
-"""(A whole chain of 128K tokens may be gigabytes.)"""
 ANSWER_S = 5.0
 PRIORITY = -1
 """Below transfers that somebody waits for."""

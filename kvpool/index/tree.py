@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpool.arena import PageArena, Slabs
+from kvpool.arena import Slabs
 from kvpool.errors import KeyChainError
-from kvpool.eviction import Eviction, GhostList, Stored
+from kvpool.eviction import Stored
 from kvpool.eviction.flops import FlopsModel
 from kvpool.eviction.segments import describe
-from kvpool.keys import KeyChain, Namespace
-from kvpool.placement import Geometry
+from kvpool.keys import KeyChain
 
 from .evicting import Evicting
 from .nodes import ROOT, Nodes
@@ -28,20 +28,10 @@ class Tree(Evicting):
     ``arena`` is where the slabs lie, ``geometry`` how large they are.
     """
 
-    def __init__(
-        self,
-        ns: Namespace,
-        eviction: Eviction,
-        ghosts: GhostList,
-        free: Callable[[list[Slabs]], None],
-        clock: Callable[[], float],
-        geometry: Geometry,
-        arena: PageArena,
-    ) -> None:
-        super().__init__(ns, eviction, ghosts, free, clock, geometry, arena)
-        self.flops = FlopsModel(ns.layout)
-        """What a prefix saves."""
-        self._page_bytes = arena.page_bytes
+    @cached_property
+    def flops(self) -> FlopsModel:
+        """What a prefix saves; may be set to another model."""
+        return FlopsModel(self.ns.layout)
 
     def check_path(self, keys: list[bytes]) -> None:
         """Raise KeyChainError when a key of the chain is known at another place.
@@ -135,7 +125,7 @@ class Tree(Evicting):
         self._entries[unit] += len(fresh)
         self._pages[unit, fresh] = pages
         self._uses[unit, fresh] = 0
-        self._value[unit, fresh] = self._saved(unit, fresh, path) / (self._pages[unit, fresh] * self._page_bytes)
+        self._value[unit, fresh] = self._saved(unit, fresh, path) / (self._pages[unit, fresh] * self._arena.page_bytes)
         touches = self._eviction.tick(len(fresh) + 1) + np.arange(len(fresh) - 1, -1, -1)
         self._rank[unit, fresh] = self._policy.first_rank(
             touches, self._value[unit, fresh], self._pages[unit, fresh], int(self._kind[fresh[-1]])
@@ -203,7 +193,7 @@ class Tree(Evicting):
             end_values=values,
             needs_ends=bool(self._ends),
             flops=self.flops,
-            page_bytes=self._page_bytes,
+            page_bytes=self._arena.page_bytes,
             added=self._added(path),
             kind=int(self._kind[path[-1]]),
         )

@@ -14,10 +14,10 @@ CATCHES = {
 }
 
 
-FOUND = (53, 38, 265, 912)
+FOUND = (53, 38, 265, 912, 3065)
 """Seeds that found something: a node that joined just after the directory had lost everything copied by what it saw there; what joined
 while a node was not yet allowed to move anything was overlooked by it; one that was stopped took a loss for as old as its question; a
-client found no node."""
+client found no node; what one node was told not to have, another one had by then."""
 
 
 @pytest.mark.parametrize("seed", FOUND)
